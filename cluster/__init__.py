@@ -1,0 +1,1 @@
+"""Runs opaque units of work on workers that may vanish. Knows nothing of quantization."""

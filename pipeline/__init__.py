@@ -1,0 +1,1 @@
+"""Stages, storage, formats, configuration and the command line."""
