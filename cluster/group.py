@@ -1,0 +1,34 @@
+"""What a group of workers must do; everything else here is written against this face."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from cluster.scheduler import Event
+from cluster.units import FailureKind, Unit, UnitError
+
+Handler = Callable[[Any], dict]
+"""Does one unit, given its payload. May be called twice with the same one."""
+
+Setup = Callable[[str], Handler]
+"""Called once in each worker's process with the worker's name. Must be picklable."""
+
+
+class WorkerGroup(Protocol):
+    """Workers that each do one unit at a time. Names are never used twice."""
+
+    def workers(self) -> list[str]:
+        """The live ones that were ready before; those that become ready later join by an event."""
+
+    def submit(self, worker: str, unit: Unit) -> None: ...
+
+    def poll(self, timeout: float) -> list[Event]:
+        """What has happened, as soon as anything has; an empty list after `timeout` seconds of nothing."""
+
+    def close(self) -> None: ...
+
+
+def failure_of(error: Exception) -> tuple[FailureKind, str]:
+    """An exception that says nothing of its cure is taken for transient: a real defect comes back on every attempt."""
+    if isinstance(error, UnitError):
+        return error.kind, error.message
+    return "retry", f"{type(error).__name__}: {error}"

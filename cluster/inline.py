@@ -1,0 +1,36 @@
+"""Workers without processes, for tests and for a debugger."""
+
+import time
+import traceback
+from collections import deque
+
+from cluster.group import Setup, failure_of
+from cluster.scheduler import Event, UnitDone, UnitFailed
+from cluster.units import Unit
+
+
+class InlineGroup:
+    """Runs the submitted units inside `poll`, one at a time, in the order of submission."""
+
+    def __init__(self, setup: Setup, workers: int = 1) -> None:
+        self._handlers = {name: setup(name) for name in (f"inline-{i}" for i in range(workers))}
+        self._submitted: deque[tuple[str, Unit]] = deque()
+
+    def workers(self) -> list[str]:
+        return list(self._handlers)
+
+    def submit(self, worker: str, unit: Unit) -> None:
+        self._submitted.append((worker, unit))
+
+    def poll(self, timeout: float) -> list[Event]:
+        if not self._submitted:
+            time.sleep(timeout)
+            return []
+        worker, unit = self._submitted.popleft()
+        try:
+            return [UnitDone(unit.name, worker, self._handlers[worker](unit.payload))]
+        except Exception as error:
+            return [UnitFailed(unit.name, worker, *failure_of(error), traceback.format_exc())]
+
+    def close(self) -> None:
+        self._submitted.clear()

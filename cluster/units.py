@@ -1,0 +1,44 @@
+"""What a unit of work is, and how the code that does one says what went wrong."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+FailureKind = Literal["retry", "replan", "fatal"]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One piece of work that may run anywhere, may run twice, and leaves its real outcome on storage.
+
+    `priority` orders the ready units (smaller first; declaration order breaks ties). Units of one `affinity` are
+    cheaper on the worker that ran one of them last, because it still holds what they share.
+    """
+
+    name: str
+    payload: Any
+    depends_on: tuple[str, ...] = ()
+    priority: tuple[int, ...] = ()
+    affinity: str | None = None
+
+
+class UnitError(Exception):
+    """A failure whose cure the handler knows.
+
+    "retry": transient, trying again may help. "replan": an input that was believed to be there is missing or
+    corrupt, so the plan is wrong and the caller must make another. "fatal": no retry will help (disk full, input
+    refused).
+    """
+
+    def __init__(self, kind: FailureKind, message: str) -> None:
+        # Both go to `args`: an exception is unpickled by calling its class with them, and one that refuses them
+        # breaks the process that receives it.
+        super().__init__(kind, message)
+        self.kind: FailureKind = kind
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class ClusterError(Exception):
+    """The workers themselves cannot be had: the message says what was asked, what there is and what to do."""

@@ -1,0 +1,131 @@
+"""The uniform integer grid: scale and zero point from a range, rounding with straight-through gradients, codes.
+
+    scale = (high − low) / (2^b − 1)      zero = clamp(round(−low / scale), 0, 2^b − 1)
+    codes = clamp(round(W / scale + zero), 0, 2^b − 1)      W_hat = scale · (codes − zero)
+
+(OmniQuant, arXiv 2308.13137, section 3.2.) The symmetric grid has its zero in the middle, zero = 2^(b−1), and
+scale = 2 · max|W| / (2^b − 1). Without learned clipping this is round-to-nearest, and equal bit for bit to what
+compressed-tensors computes: sums and ties are taken in the signed range −2^(b−1) … 2^(b−1) − 1 as there, because rounding
+is to even and an odd offset would break ties the other way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """`group_size` input channels share a scale and a zero point; None: all of an output channel's."""
+
+    bits: int
+    group_size: int | None
+    symmetric: bool
+
+    @property
+    def levels(self) -> int:
+        """The largest code, 2^bits − 1."""
+        return 2**self.bits - 1
+
+    @property
+    def middle(self) -> int:
+        """The symmetric grid's zero point."""
+        return 2 ** (self.bits - 1)
+
+    def groups(self, in_features: int) -> int:
+        """How many groups a row has. Raises ValueError if they do not fill it."""
+        size = self.group_size or in_features
+        if in_features % size:
+            raise ValueError(f"group size {size} does not divide {in_features} input channels")
+        return in_features // size
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight on its grid. `zero_point` is there for the symmetric grid too (constant)."""
+
+    codes: UInt8[Tensor, "out in"]
+    scale: Float[Tensor, "out groups"]
+    zero_point: UInt8[Tensor, "out groups"]
+
+    def dequantize(self) -> Float[Tensor, "out in"]:
+        """scale · (codes − zero point), in float32."""
+        out, groups = self.scale.shape
+        steps = self.codes.view(out, groups, -1).float() - self.zero_point.unsqueeze(-1).float()
+        return (self.scale.float().unsqueeze(-1) * steps).view(out, -1)
+
+
+def straight_through(value: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded` in the forward pass, the gradient of `value` in the backward pass."""
+    return value + (rounded - value).detach()
+
+
+def group_range(
+    grouped: Float[Tensor, "out groups size"],
+) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
+    """Lowest and highest value of each group, widened to hold zero so that zero is on the grid."""
+    return grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+
+
+def grid_parameters(
+    low: Float[Tensor, "out groups"], high: Float[Tensor, "out groups"], grid: Grid, scale_dtype: torch.dtype
+) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
+    """Scale and zero point (both float32, differentiable) of the range low ≤ 0 ≤ high.
+
+    The scale is rounded to `scale_dtype`, the dtype it is stored in, so that what is trained is what is loaded; the zero
+    point comes from the unrounded one.
+    """
+    span = (2 * torch.maximum(-low, high) if grid.symmetric else high - low) / grid.levels
+    # A group of zeros has no range: any scale serves, as long as dividing by it is harmless.
+    empty = span == 0
+    scale = straight_through(span, span.to(scale_dtype).to(span.dtype))
+    scale = torch.where(scale == 0, torch.finfo(scale_dtype).eps, scale)
+    if grid.symmetric:
+        return scale, torch.full_like(scale, grid.middle)
+    signed = -grid.middle - low / torch.where(empty, 1.0, span)
+    signed = torch.where(empty, 0.0, signed).clamp(-grid.middle, grid.middle - 1)
+    return scale, straight_through(signed, signed.round()) + grid.middle
+
+
+def _steps(
+    weight: Float[Tensor, "out in"], scale: Float[Tensor, "out groups"], zero: Float[Tensor, "out groups"], grid: Grid
+) -> Float[Tensor, "out groups size"]:
+    """Position on the signed grid, before rounding."""
+    grouped = weight.view(*scale.shape, -1)
+    signed = grouped / scale.unsqueeze(-1) + (zero - grid.middle).unsqueeze(-1)
+    return signed.clamp(-grid.middle, grid.middle - 1)
+
+
+def fake_quantize(
+    weight: Float[Tensor, "out in"], scale: Float[Tensor, "out groups"], zero: Float[Tensor, "out groups"], grid: Grid
+) -> Float[Tensor, "out in"]:
+    """W_hat, differentiable in the weight, the scale and the zero point (rounding straight-through)."""
+    steps = _steps(weight, scale, zero, grid)
+    steps = straight_through(steps, steps.round()) - (zero - grid.middle).unsqueeze(-1)
+    return (scale.unsqueeze(-1) * steps).view_as(weight)
+
+
+@torch.no_grad()
+def quantize(
+    weight: Float[Tensor, "out in"],
+    scale: Float[Tensor, "out groups"],
+    zero: Float[Tensor, "out groups"],
+    grid: Grid,
+    scale_dtype: torch.dtype,
+) -> QuantizedWeight:
+    """The codes that `fake_quantize` stands for."""
+    codes = _steps(weight, scale, zero, grid).round() + grid.middle
+    return QuantizedWeight(codes.view_as(weight).to(torch.uint8), scale.to(scale_dtype), zero.to(torch.uint8))
+
+
+@torch.no_grad()
+def round_to_nearest(weight: Float[Tensor, "out in"], grid: Grid, scale_dtype: torch.dtype) -> QuantizedWeight:
+    """The data-free baseline: each group's own range, nearest grid point."""
+    weight = weight.float()
+    low, high = group_range(weight.view(weight.shape[0], grid.groups(weight.shape[1]), -1))
+    scale, zero = grid_parameters(low, high, grid, scale_dtype)
+    return quantize(weight, scale, zero, grid, scale_dtype)

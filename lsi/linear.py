@@ -1,0 +1,74 @@
+"""A linear layer whose weight is quantized on the fly from trainable parts."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lsi.grid import Grid, QuantizedWeight, fake_quantize, grid_parameters, group_range, quantize
+from lsi.increment import make_increment
+
+# sigmoid(4) = 0.982: the bounds begin just inside the full range (OmniQuant, section 3.2).
+CLIPPING_START = 4.0
+
+
+class LearnedClipping(nn.Module):
+    """LWC: bounds sigmoid(upper) · max and sigmoid(lower) · min for every group (OmniQuant, equation 2)."""
+
+    def __init__(self, out_features: int, groups: int, device: torch.device) -> None:
+        super().__init__()
+        self.lower = nn.Parameter(torch.full((out_features, groups), CLIPPING_START, device=device))
+        self.upper = nn.Parameter(torch.full((out_features, groups), CLIPPING_START, device=device))
+
+    def forward(
+        self, low: Float[Tensor, "out groups"], high: Float[Tensor, "out groups"]
+    ) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
+        return low * self.lower.sigmoid(), high * self.upper.sigmoid()
+
+
+class QuantizedLinear(nn.Module):
+    """y = x · W_hatᵀ + b with W_hat from the increment, the clipping and the grid.
+
+    The weight is kept in float32. Parameters `clipping.*` and `increment.*` are trained; weight and bias are not.
+    """
+
+    weight: Float[Tensor, "out in"]
+    bias: Float[Tensor, " out"] | None
+
+    def __init__(self, linear: nn.Linear, grid: Grid, *, clipping: bool, increment: str, scale_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.grid = grid
+        self.scale_dtype = scale_dtype
+        weight = linear.weight.detach().float()
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float(), persistent=False)
+        self.groups = grid.groups(weight.shape[1])
+        self.clipping = LearnedClipping(weight.shape[0], self.groups, weight.device) if clipping else None
+        low, high = group_range(self._grouped(weight))
+        self.increment = make_increment(increment, weight, grid_parameters(low, high, grid, scale_dtype)[0])
+
+    def _grouped(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out groups size"]:
+        return weight.view(weight.shape[0], self.groups, -1)
+
+    def transformed(self) -> tuple[Float[Tensor, "out in"], Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
+        """W', its scale and its zero point, differentiable. Always in float32: the codes must not depend on autocast."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            weight = self.increment(self.weight)
+            # The range follows W', but only the bounds' factors are trained through it: the path through two extreme
+            # weights a group is noise beside them.
+            low, high = group_range(self._grouped(weight.detach()))
+            if self.clipping is not None:
+                low, high = self.clipping(low, high)
+            return (weight, *grid_parameters(low, high, self.grid, self.scale_dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, scale, zero = self.transformed()
+        return functional.linear(x, fake_quantize(weight, scale, zero, self.grid), self.bias)
+
+    @torch.no_grad()
+    def quantized(self) -> QuantizedWeight:
+        """The codes that stand for the present parameters."""
+        weight, scale, zero = self.transformed()
+        return quantize(weight, scale, zero, self.grid, self.scale_dtype)

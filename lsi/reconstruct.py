@@ -1,0 +1,139 @@
+"""Block reconstruction: train a block's quantization parameters so that its output stays that of the full-precision block.
+
+`Reconstruction` is begun from a block, stepped over batches, exported and imported at any step boundary (the result does not
+depend on it), and read out as quantized weights. A non-finite loss or gradient is a status, not an exception: the parameters
+keep their last finite values and no later step changes them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lsi.block import Hidden, replace_linears, run_block, trainable
+from lsi.grid import Grid, QuantizedWeight
+
+Status = Literal["ok", "non_finite"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is trained and with which steps. `autocast`: dtype of the products, None for the block's own."""
+
+    grid: Grid
+    clipping: bool
+    increment: str
+    clipping_learning_rate: float
+    increment_learning_rate: float
+    total_steps: int
+    scale_dtype: torch.dtype
+    autocast: torch.dtype | None = None
+
+
+def cosine(step: int, total: int) -> float:
+    """Learning rate factor, 1 at step 0, falling to 0 at `total`."""
+    return 0.5 * (1 + math.cos(math.pi * min(step, total) / max(total, 1)))
+
+
+def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error over all elements, in float32."""
+    return (output.float() - target.float()).square().mean()
+
+
+class Reconstruction:
+    """The trained state of one block."""
+
+    def __init__(self, block: nn.Module, names: list[str], method: Method) -> None:
+        self.method = method
+        self.block = block.float()
+        self.linears = replace_linears(
+            self.block,
+            names,
+            method.grid,
+            clipping=method.clipping,
+            increment=method.increment,
+            scale_dtype=method.scale_dtype,
+        )
+        self.parameters = dict(trainable(self.linears))
+        self.rates = {name: self._rate(name) for name in self.parameters}
+        self.optimizer = self._make_optimizer()
+        self.steps_done = 0
+        self.status: Status = "ok"
+
+    def _rate(self, name: str) -> float:
+        is_clipping = ".clipping." in name
+        return self.method.clipping_learning_rate if is_clipping else self.method.increment_learning_rate
+
+    def _make_optimizer(self) -> torch.optim.AdamW | None:
+        if not self.parameters:
+            return None
+        groups = [
+            {"params": [p for n, p in self.parameters.items() if self.rates[n] == rate], "lr": rate, "base": rate}
+            for rate in sorted(set(self.rates.values()))
+        ]
+        return torch.optim.AdamW(groups, weight_decay=0.0)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.method.autocast is None:
+            return nullcontext()
+        device = next(iter(self.linears.values())).weight.device.type
+        return torch.autocast(device, self.method.autocast)
+
+    def step(self, inputs: Hidden, targets: Hidden, arguments: Mapping[str, Any]) -> float:
+        """One update. Returns the loss before it; NaN or infinity leaves the parameters alone and sets the status."""
+        if self.optimizer is None or self.status != "ok":
+            return math.nan
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base"] * cosine(self.steps_done, self.method.total_steps)
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            output = run_block(self.block, inputs.float(), arguments)
+        loss = reconstruction_loss(output, targets)
+        loss.backward()
+        if self._finite(loss):
+            self.optimizer.step()
+            self.steps_done += 1
+        else:
+            self.status = "non_finite"
+        return loss.item()
+
+    def _finite(self, loss: Tensor) -> bool:
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        total = torch.stack([loss.detach(), *[g.square().sum() for g in gradients]])
+        return bool(torch.isfinite(total).all())
+
+    def quantized(self) -> dict[str, QuantizedWeight]:
+        """Codes, scales and zero points of the present parameters, by linear name."""
+        return {name: linear.quantized() for name, linear in self.linears.items()}
+
+    def export_state(self) -> dict[str, Tensor]:
+        """Parameters and optimizer moments, to go on from elsewhere."""
+        state = {f"value/{name}": p.detach() for name, p in self.parameters.items()}
+        state["steps"] = torch.tensor([self.steps_done, self.status == "non_finite"], dtype=torch.int64)
+        if self.optimizer is not None and self.steps_done:
+            for name, parameter in self.parameters.items():
+                moments = self.optimizer.state[parameter]
+                state[f"first/{name}"] = moments["exp_avg"]
+                state[f"second/{name}"] = moments["exp_avg_sq"]
+        return state
+
+    @torch.no_grad()
+    def import_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take up an exported state: from here every step equals, bit for bit, what it would have been there."""
+        steps, failed = (int(v) for v in state["steps"])
+        self.steps_done = steps
+        self.status = "non_finite" if failed else "ok"
+        for name, parameter in self.parameters.items():
+            parameter.copy_(state[f"value/{name}"])
+            if self.optimizer is not None and steps:
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(steps)),
+                    "exp_avg": state[f"first/{name}"].clone().to(parameter.device),
+                    "exp_avg_sq": state[f"second/{name}"].clone().to(parameter.device),
+                }

@@ -1,0 +1,250 @@
+"""A run's configuration: one YAML file, checked before any work, every key overridable on the command line."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pipeline.errors import UserError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    """What is quantized."""
+
+    source: str = Field(description="local directory, hub id (org/name), any fsspec URL of a model folder, or a .gguf file")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="dtype of unquantized tensors and scales in the result; auto: as stored (a GGUF file: bfloat16)"
+    )
+    trust_remote_code: bool = Field(False, description="run code that comes with the model; off unless you trust its author")
+
+
+class DataConfig(Section):
+    """Calibration text."""
+
+    source: str = Field(description="a text, .jsonl, .json or .parquet file (local or any fsspec URL), or a hub data set id")
+    subset: str | None = Field(None, description="the data set's configuration, such as wikitext-2-raw-v1")
+    split: str = Field("train", description="the data set's split")
+    column: str = Field("text", description="the column that holds the text")
+    samples: int = Field(128, ge=1, description="number of calibration sequences")
+    sequence_length: int = Field(2048, ge=2, description="tokens in each")
+    seed: int = Field(0, description="which windows of the text are taken")
+
+
+class SchemeConfig(Section):
+    """The integer grid of the result."""
+
+    bits: int = Field(4, ge=2, le=8, description="2, 3, 4 or 8")
+    group_size: int | None = Field(128, ge=1, description="input channels that share a scale; null: one scale per output channel")
+    symmetric: bool = Field(False, description="zero point fixed in the middle of the grid")
+    skip: list[str] = Field(default=["lm_head"], description="linears left alone: names, suffixes or fnmatch patterns")
+
+    @field_validator("bits")
+    @classmethod
+    def _bits(cls, value: int) -> int:
+        if value not in (2, 3, 4, 8):
+            raise ValueError("bits must be 2, 3, 4 or 8")
+        return value
+
+
+class MethodConfig(Section):
+    """What is learned."""
+
+    clipping: Literal["learned", "none"] = Field("learned", description="learned clipping bounds (LWC)")
+    increment: Literal["none", "diagonal", "dense"] = Field(
+        "diagonal", description="M in W' = W + U M Vh: none, diagonal (LSI), dense (every weight)"
+    )
+
+
+class OptimizerConfig(Section):
+    """How it is learned: AdamW without weight decay, cosine schedule to zero over all epochs."""
+
+    epochs: int = Field(4, ge=0, description="passes over the calibration samples; 0: no training, plain round-to-nearest")
+    batch_size: int = Field(2, ge=1, description="sequences a step")
+    clipping_learning_rate: float = Field(1e-1, gt=0, description="for the clipping bounds, before their sigmoid")
+    increment_learning_rate: float | None = Field(
+        None, gt=0, description="diagonal: on singular values; dense: in grid steps. Default by kind: 2e-2 both"
+    )
+    seed: int = Field(0, description="order of the samples")
+
+
+class ScheduleConfig(Section):
+    """What a block trains on, and so which blocks can train at the same time."""
+
+    kind: Literal["sequential", "parallel", "wave"] = Field(
+        "parallel",
+        description="sequential: on the finished blocks before it; parallel: on their state one epoch ago; wave: on their state in the same epoch",
+    )
+    refresh_every: int = Field(1, ge=0, description="parallel and wave: renew the inputs every k-th epoch; 0: never (full-precision inputs)")
+
+
+class ClusterConfig(Section):
+    """Where it runs; changes nothing in the result."""
+
+    address: str | None = Field(None, description="a Ray cluster (host:port, auto, ray://…); null: start Ray on this machine")
+    workers: int | None = Field(None, ge=1, description="actors; null: as many as the cluster's CPUs and GPUs allow")
+    cpus_per_worker: float = Field(1, gt=0)
+    gpus_per_worker: float = Field(0, ge=0)
+    max_attempts: int = Field(3, ge=1, description="tries of one unit before the run gives up")
+
+
+class ComputeConfig(Section):
+    """What changes sums, and is therefore part of every content address."""
+
+    device: Literal["cpu", "cuda"] = Field("cpu")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="products in training; auto: bfloat16 where the hardware multiplies it natively"
+    )
+    threads: int = Field(1, ge=1, description="CPU threads of each actor")
+
+
+class StorageConfig(Section):
+    """Where activations, block artifacts and commit records live."""
+
+    run: str = Field(description="the run directory: a local path or any fsspec URL")
+    options: dict[str, Any] = Field(default={}, description="fsspec options; prefer the environment for secrets. Never recorded")
+    chunk_samples: int = Field(8, ge=1, description="sequences in one activation object")
+    cache_mib: int = Field(512, ge=0, description="activations that an actor keeps in memory")
+    keep_activations: bool = Field(False, description="do not delete activations after their last reader")
+
+
+class OutputConfig(Section):
+    checkpoint: str | None = Field(None, description="where the packed checkpoint goes; null: RUN/checkpoint")
+    max_shard_mib: int = Field(4768, ge=1, description="largest safetensors file")
+
+
+class EvaluationConfig(Section):
+    """Perplexity before the merge; written to the model card."""
+
+    texts: dict[str, str] = Field(default={}, description="name: text file or hub data set")
+    windows: int = Field(16, ge=1)
+    length: int = Field(512, ge=2)
+    baselines: list[Literal["full_precision", "round_to_nearest"]] = Field(default=["full_precision", "round_to_nearest"])
+
+
+
+
+class RunConfig(Section):
+    """The whole file."""
+
+    model: ModelConfig
+    data: DataConfig
+    scheme: SchemeConfig = SchemeConfig()  # type: ignore[call-arg]
+    method: MethodConfig = MethodConfig()  # type: ignore[call-arg]
+    optimizer: OptimizerConfig = OptimizerConfig()  # type: ignore[call-arg]
+    schedule: ScheduleConfig = ScheduleConfig()  # type: ignore[call-arg]
+    compute: ComputeConfig = ComputeConfig()  # type: ignore[call-arg]
+    cluster: ClusterConfig = ClusterConfig()  # type: ignore[call-arg]
+    storage: StorageConfig
+    outputs: OutputConfig = OutputConfig()  # type: ignore[call-arg]
+    evaluation: EvaluationConfig = EvaluationConfig()  # type: ignore[call-arg]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.optimizer.batch_size > self.storage.chunk_samples:
+            raise ValueError(
+                f"optimizer.batch_size {self.optimizer.batch_size} is larger than storage.chunk_samples {self.storage.chunk_samples}: "
+                "a batch is taken from one chunk"
+            )
+        if self.optimizer.epochs and self.method.clipping == "none" and self.method.increment == "none":
+            raise ValueError(
+                f"optimizer.epochs is {self.optimizer.epochs}, but method.clipping and method.increment are both none, so nothing is trained: "
+                "set optimizer.epochs to 0 for round-to-nearest, or choose what to learn"
+            )
+        return self
+
+    def recipe(self) -> dict[str, Any]:
+        """All that decides the result's bytes; where it runs and where it is stored are left out."""
+        whole = self.model_dump(mode="json")
+        del whole["cluster"], whole["outputs"]
+        whole["storage"] = {"chunk_samples": self.storage.chunk_samples}
+        return whole
+
+
+def valid_keys(section: type[BaseModel] = RunConfig) -> list[str]:
+    """Every dotted key, sections and leaves."""
+    keys = []
+    for name, info in section.model_fields.items():
+        keys.append(name)
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+            keys += [f"{name}.{key}" for key in valid_keys(info.annotation)]
+    return keys
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """`section.key=value`, the value read as YAML."""
+    path, equals, value = text.partition("=")
+    if not equals or not path:
+        raise UserError(f"override {text!r}: write it as section.key=value, for example scheme.bits=3")
+    try:
+        return path.strip().split("."), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {text!r}: the value is not valid YAML") from error
+
+
+def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """The tree with every override in place."""
+    for text in overrides:
+        path, value = parse_override(text)
+        node = tree
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise UserError(f"override {text!r}: {part} is a value, not a section")
+        node[path[-1]] = value
+    return tree
+
+
+def _explain(errors: list[Any], where: str) -> str:
+    lines = []
+    for error in errors:
+        path = ".".join(str(part) for part in error["loc"])
+        if error["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(path, valid_keys(), n=1, cutoff=0.3)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            lines.append(f"{where}: unknown key {path}{hint}")
+        elif error["type"] == "missing":
+            lines.append(f"{where}: {path} is required")
+        elif error["type"] == "value_error":
+            lines.append(f"{where}: {path + ' = ' + repr(error['input']) + ': ' if path else ''}{error['ctx']['error']}")
+        else:
+            lines.append(f"{where}: {path} = {error['input']!r}: {error['msg'][:1].lower()}{error['msg'][1:]}")
+    return "\n".join(lines)
+
+
+def parse_config(tree: object, where: str = "config") -> RunConfig:
+    """A checked configuration. Raises UserError with one sentence a problem."""
+    if not isinstance(tree, dict):
+        raise UserError(f"{where}: expected sections such as model:, data: and storage:, found {type(tree).__name__}")
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error.errors(), where)) from error
+
+
+def load_config(path: str, overrides: list[str]) -> RunConfig:
+    """Read a YAML file and apply `section.key=value` overrides."""
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"{path}: no such config file; see configs/ for examples")
+    try:
+        tree = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from error
+    return parse_config(apply_overrides(tree if isinstance(tree, dict) else {}, overrides), path)
+
+
+def differing_keys(ours: object, theirs: object, prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ, as `key: theirs → ours`."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        keys = sorted(set(ours) | set(theirs))
+        return [d for k in keys for d in differing_keys(ours.get(k), theirs.get(k), f"{prefix}{k}.")]
+    return [] if ours == theirs else [f"{prefix[:-1]}: {theirs!r} there, {ours!r} here"]

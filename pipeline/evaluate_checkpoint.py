@@ -1,0 +1,38 @@
+"""`lsi eval`: perplexity of any checkpoint, through transformers' own loader and nothing of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.data import evaluation_tokens
+from pipeline.errors import UserError
+from pipeline.perplexity import model_perplexity, take_windows
+
+
+def load(checkpoint: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer. Raises UserError if transformers cannot load them."""
+    if checkpoint.startswith((".", "/")) and not (Path(checkpoint) / "config.json").exists():
+        raise UserError(f"{checkpoint}: no transformers checkpoint there (no config.json)")
+    try:
+        return AutoModelForCausalLM.from_pretrained(checkpoint).to(device).eval(), AutoTokenizer.from_pretrained(checkpoint)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{checkpoint}: transformers cannot load it: {str(error).splitlines()[0]}") from error
+
+
+def evaluate_checkpoint(checkpoint: str, texts: list[str], windows: int, length: int, device: str, *, show: bool) -> dict[str, float]:
+    """Perplexity by text, in the checkpoint's own dtype. The texts are checked before the model is loaded in full."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")
+    model, tokenizer = load(checkpoint, device)
+    cut = {text: take_windows(evaluation_tokens(tokenizer, text, windows * length), windows, length, text) for text in texts}
+    found = {}
+    with Progress(console=Console(stderr=True), disable=not show) as progress:
+        for text, tokens in cut.items():
+            bar = progress.add_task(text, total=windows)
+            found[text] = model_perplexity(model, tokens, lambda done, bar=bar: progress.update(bar, completed=done))
+    return found

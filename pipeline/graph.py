@@ -1,0 +1,276 @@
+"""A run as units with exact dependencies: what each reads and makes, by content address.
+
+The schedules differ in one function, `input_epoch`: which state of the blocks before it a block trains on. Everything else,
+and so the code that runs, is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.units import Unit
+from lsi import ALGORITHM
+from pipeline.artifacts import Artifact, digest
+from pipeline.capture import CHUNK_FILE, CaptureTask, EmbedTask
+from pipeline.config import RunConfig, ScheduleConfig
+from pipeline.evaluate import EvaluateTask, Variant
+from pipeline.merge import MergeTask
+from pipeline.optimize import Comparison, RoundTask, TrainTask, stream_file
+from pipeline.worker import Chunk, Task
+
+# Artifacts that are deleted once their last reader has committed.
+TRANSIENT = ("hidden", "stream", "state")
+KINDS = (*TRANSIENT, "quantized", "evaluation", "shard")
+
+
+@dataclass(frozen=True)
+class Node:
+    """One unit: a task, what it reads and what it makes. `stage` and `block` are for people and for placement."""
+
+    name: str
+    stage: str
+    block: int
+    task: Task
+    reads: tuple[Artifact, ...]
+    makes: tuple[Artifact, ...]
+    priority: tuple[int, ...]
+    affinity: str | None = None
+
+
+@dataclass
+class Graph:
+    """All units of a run. `goals` are the artifacts that the run is for."""
+
+    nodes: list[Node] = field(default_factory=list)
+    goals: list[Artifact] = field(default_factory=list)
+
+    def producers(self) -> dict[str, Node]:
+        return {artifact.path: node for node in self.nodes for artifact in node.makes}
+
+    def needed(self, committed: Callable[[Artifact], bool]) -> list[Node]:
+        """The units that must run, walking back from the goals and stopping at what is committed."""
+        producers = self.producers()
+        found: dict[str, Node] = {}
+        seen: set[str] = set()
+        open_ends = list(self.goals)
+        while open_ends:
+            artifact = open_ends.pop()
+            if artifact.path in seen:
+                continue
+            seen.add(artifact.path)
+            node = producers.get(artifact.path)
+            if node is None or committed(artifact):
+                continue
+            if node.name not in found:
+                found[node.name] = node
+                open_ends += node.reads
+        return [node for node in self.nodes if node.name in found]
+
+    def units(self, needed: Iterable[Node]) -> list[Unit]:
+        """The scheduler's units of some nodes; what other nodes make is there already."""
+        chosen = list(needed)
+        producers = {artifact.path: node.name for node in chosen for artifact in node.makes}
+        return [
+            Unit(
+                name=node.name,
+                payload=node.task,
+                depends_on=tuple(sorted({producers[a.path] for a in node.reads if a.path in producers})),
+                priority=node.priority,
+                affinity=node.affinity,
+            )
+            for node in chosen
+        ]
+
+    def readers(self) -> dict[str, set[str]]:
+        """Names of the units that read each artifact, by its path."""
+        found: dict[str, set[str]] = {}
+        for node in self.nodes:
+            for artifact in node.reads:
+                found.setdefault(artifact.path, set()).add(node.name)
+        return found
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a graph is built from, all known before any unit of it runs."""
+
+    config: RunConfig
+    blocks: int
+    tokens: Artifact
+    texts: Mapping[str, Artifact]
+    block_digests: list[str]
+    outer_digest: str
+    model_config_digest: str
+    compute: Mapping[str, Any]
+    shards: list[tuple[str, tuple[str, ...], tuple[int, ...]]]
+
+
+def input_epoch(schedule: ScheduleConfig, epoch: int, epochs: int) -> int | None:
+    """The epoch after which the block before is taken, for the inputs of `epoch`; None: the full-precision stream.
+
+    sequential: the last. parallel: the one before the latest refresh. wave: the one of the latest refresh.
+    """
+    if schedule.kind == "sequential":
+        return epochs - 1
+    refresh = epoch // schedule.refresh_every * schedule.refresh_every if schedule.refresh_every else None
+    if schedule.kind == "parallel":
+        return refresh - 1 if refresh else None
+    return refresh
+
+
+def comparison(schedule: ScheduleConfig, epoch: int, epochs: int) -> Comparison:
+    """Whether an epoch has the inputs of the last epoch, and is the first that has: losses are compared from there on."""
+    final = input_epoch(schedule, epochs - 1, epochs)
+    if input_epoch(schedule, epoch, epochs) != final:
+        return "none"
+    first = epoch == 0 or input_epoch(schedule, epoch - 1, epochs) != final
+    return "begins" if first else "goes_on"
+
+
+def chunk_ranges(samples: int, size: int) -> list[tuple[int, int]]:
+    return [(start, min(start + size, samples)) for start in range(0, samples, size)]
+
+
+class Builder:
+    """Adds the stages' units one after another."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+        self.config = inputs.config
+        self.graph = Graph()
+        self.base = {"algorithm": ALGORITHM, "compute": dict(inputs.compute), "model": inputs.model_config_digest}
+        self.ranges = chunk_ranges(self.config.data.samples, self.config.storage.chunk_samples)
+        self.hidden: list[list[Artifact]] = []
+        self.streams: dict[tuple[int, int], Artifact] = {}
+        self.quantized: list[Artifact] = []
+
+    def key(self, kind: str, **reads: Any) -> str:
+        return digest({"kind": kind, **self.base, **reads})
+
+    def add(self, node: Node) -> None:
+        self.graph.nodes.append(node)
+
+    def build(self) -> Graph:
+        """The whole run."""
+        if self.config.optimizer.epochs:
+            self._embed()
+            for block in range(self.inputs.blocks):
+                self._capture(block)
+                self._train(block)
+        else:
+            for block in range(self.inputs.blocks):
+                self._round(block)
+        self._evaluate()
+        self._merge()
+        return self.graph
+
+    def _embed(self) -> None:
+        self.hidden.append([])
+        for chunk, (start, stop) in enumerate(self.ranges):
+            key = self.key("embed", tokens=self.inputs.tokens.key, range=[start, stop], weights=self.inputs.outer_digest)
+            out = Artifact("hidden", f"boundary-000-chunk-{chunk:05d}", key)
+            self.hidden[0].append(out)
+            task = EmbedTask(self.inputs.tokens, start, stop, out)
+            self.add(Node(f"embed/{chunk:05d}", "capture", 0, task, (), (out,), (0, 0, 0, chunk)))
+
+    def _capture(self, block: int) -> None:
+        self.hidden.append([])
+        for chunk, source in enumerate(self.hidden[block]):
+            key = self.key("capture", inputs=source.key, weights=self.inputs.block_digests[block])
+            out = Artifact("hidden", f"boundary-{block + 1:03d}-chunk-{chunk:05d}", key)
+            self.hidden[block + 1].append(out)
+            task = CaptureTask(block, Chunk(source, CHUNK_FILE), out)
+            name = f"capture/{block:03d}/{chunk:05d}"
+            self.add(Node(name, "capture", block, task, (source,), (out,), (block, 0, 0, chunk), f"capture {block}"))
+
+    def _needs_stream(self, block: int, epoch: int) -> bool:
+        """Whether the block after reads this block's outputs of this epoch."""
+        epochs = self.config.optimizer.epochs
+        readers = (input_epoch(self.config.schedule, e, epochs) for e in range(epochs))
+        return block + 1 < self.inputs.blocks and epoch in readers
+
+    def _input_chunks(self, block: int, epoch: int) -> tuple[tuple[Chunk, ...], tuple[Artifact, ...]]:
+        source = input_epoch(self.config.schedule, epoch, self.config.optimizer.epochs)
+        if block == 0 or source is None:
+            artifacts = tuple(self.hidden[block])
+            return tuple(Chunk(a, CHUNK_FILE) for a in artifacts), artifacts
+        stream = self.streams[block - 1, source]
+        return tuple(Chunk(stream, stream_file(c)) for c in range(len(self.ranges))), (stream,)
+
+    def _train(self, block: int) -> None:
+        config, epochs = self.config, self.config.optimizer.epochs
+        settings = {
+            name: getattr(config, name).model_dump(mode="json") for name in ("scheme", "method", "optimizer")
+        } | {"chunk_samples": config.storage.chunk_samples}
+        targets = tuple(Chunk(a, CHUNK_FILE) for a in self.hidden[block + 1])
+        previous: Artifact | None = None
+        for epoch in range(epochs):
+            inputs, sources = self._input_chunks(block, epoch)
+            # Under a schedule block 0's inputs never change, but its losses are compared like every other block's.
+            compare = comparison(config.schedule, epoch, epochs)
+            key = self.key(
+                "train",
+                settings=settings,
+                weights=self.inputs.block_digests[block],
+                epoch=epoch,
+                inputs=[a.key for a in sources],
+                targets=[a.key for a in self.hidden[block + 1]],
+                previous=previous.key if previous else None,
+                comparison=compare,
+            )
+            last = epoch == epochs - 1
+            name = f"block-{block:03d}-epoch-{epoch:03d}"
+            state = None if last else Artifact("state", name, key)
+            quantized = Artifact("quantized", f"block-{block:03d}", key) if last else None
+            stream = Artifact("stream", name, key) if self._needs_stream(block, epoch) else None
+            if stream:
+                self.streams[block, epoch] = stream
+            if quantized:
+                self.quantized.append(quantized)
+            task = TrainTask(block, epoch, inputs, targets, previous, state, stream, quantized, compare)
+            reads = (*sources, *self.hidden[block + 1], *((previous,) if previous else ()))
+            makes = tuple(a for a in (stream, state, quantized) if a)
+            node_name = f"optimize/{block:03d}/{epoch:03d}"
+            self.add(Node(node_name, "optimize", block, task, reads, makes, (block, 1, epoch), f"optimize {block}"))
+            previous = state
+
+    def _round(self, block: int) -> None:
+        scheme = self.config.scheme.model_dump(mode="json")
+        key = self.key("round", scheme=scheme, weights=self.inputs.block_digests[block])
+        out = Artifact("quantized", f"block-{block:03d}", key)
+        self.quantized.append(out)
+        self.add(Node(f"optimize/{block:03d}/000", "optimize", block, RoundTask(block, out), (), (out,), (block, 1, 0)))
+
+    def _evaluate(self) -> None:
+        variants: list[Variant] = [*self.config.evaluation.baselines, "quantized"]
+        weights = [*self.inputs.block_digests, self.inputs.outer_digest]
+        for variant in variants:
+            results = tuple(self.quantized) if variant == "quantized" else ()
+            scheme = self.config.scheme.model_dump(mode="json") if variant == "round_to_nearest" else None
+            for name, text in self.inputs.texts.items():
+                key = self.key(
+                    "evaluate", variant=variant, text=text.key, weights=weights, scheme=scheme, results=[a.key for a in results]
+                )
+                out = Artifact("evaluation", f"{variant}-{name}", key)
+                task = EvaluateTask(variant, text, results, out)
+                priority = (self.inputs.blocks, 0)
+                self.add(Node(f"evaluate/{variant}/{name}", "evaluate", -1, task, results, (out,), priority))
+                self.graph.goals.append(out)
+
+    def _merge(self) -> None:
+        weights = [self.inputs.outer_digest, *self.inputs.block_digests]
+        for file, names, blocks in self.inputs.shards:
+            results = {block: self.quantized[block] for block in blocks}
+            key = self.key("shard", file=file, names=names, results=[a.key for a in results.values()], weights=weights)
+            out = Artifact("shard", file.removesuffix(".safetensors"), key)
+            task = MergeTask(file, names, results, out)
+            reads = tuple(results.values())
+            self.add(Node(f"merge/{file}", "merge", -1, task, reads, (out,), (self.inputs.blocks, 1)))
+            self.graph.goals.append(out)
+
+
+def build_graph(inputs: Inputs) -> Graph:
+    """All units of a run."""
+    return Builder(inputs).build()

@@ -1,0 +1,180 @@
+"""Stage `merge`: the packed checkpoint, shard by shard, made visible all at once.
+
+Shards are written where they will stay. `config.json` is written last and removed first: a loader finds a whole checkpoint
+or none, on object stores too, where nothing can be renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lsi.block import linear_names
+from lsi.grid import Grid, QuantizedWeight
+from pipeline.artifacts import Artifact, Record, Writer, put_hashed, read_tensors
+from pipeline.config import RunConfig
+from pipeline.model_source import ModelSource
+from pipeline.optimize import WEIGHTS_FILE, unpack_weights
+from pipeline.packed_format import pack_linear, packed_layout, quantization_config
+from pipeline.skeleton import Skeleton, stored_name, tensor_names
+from pipeline.store import Store
+from pipeline.tensors import Layout, layout_bytes, write_lazily
+from pipeline.worker import Worker
+
+CONFIG_FILE = "config.json"
+INDEX_FILE = "model.safetensors.index.json"
+Sizes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def quantized_linears(skeleton: Skeleton, skip: list[str]) -> dict[str, int]:
+    """Full name of every quantized linear, with its block."""
+    return {
+        f"{skeleton.block_prefix(index)}.{name}": index
+        for index, block in enumerate(skeleton.blocks)
+        for name in linear_names(block, skeleton.block_prefix(index), skip)
+    }
+
+
+def checkpoint_layout(skeleton: Skeleton, grid: Grid, skip: list[str], dtype: torch.dtype) -> list[tuple[str, Layout]]:
+    """What the checkpoint holds, in the model's order: (name of a parameter, its tensors' dtypes and shapes)."""
+    linears = quantized_linears(skeleton, skip)
+    layout: list[tuple[str, Layout]] = []
+    for name, tensor in tensor_names(skeleton.model).items():
+        owner = name.removesuffix(".weight")
+        if owner in linears:
+            out, width = tensor.shape
+            sizes: Layout = packed_layout(owner, out, width, grid.bits, grid.group_size, grid.symmetric, dtype)
+        else:
+            sizes = {name: (dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))}
+        layout.append((name, sizes))
+    return layout
+
+
+def plan_shards(layout: list[tuple[str, Layout]], limit: int) -> list[list[str]]:
+    """Parameters in shards of at most `limit` bytes, in order; one that is larger has a shard of its own."""
+    shards: list[list[str]] = []
+    used = 0
+    for name, sizes in layout:
+        size = layout_bytes(sizes)
+        if not shards or used + size > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    return shards
+
+
+def shard_file(index: int, count: int) -> str:
+    """The file names that loaders expect."""
+    return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class MergeTask:
+    """One shard: `names` are parameters of the model, `quantized` the results of the blocks that they come from."""
+
+    file: str
+    names: tuple[str, ...]
+    quantized: Mapping[int, Artifact]
+    out: Artifact
+
+    def __call__(self, worker: Worker) -> dict[str, Any]:
+        layouts = dict(checkpoint_layout(worker.skeleton, worker.grid, worker.config.scheme.skip, worker.context.dtype))
+        layout = {key: size for name in self.names for key, size in layouts[name].items()}
+        pieces = write_lazily(layout, Packer(worker, self.quantized), {"format": "pt"})
+        size, checksum = put_hashed(worker.checkpoint, self.file, pieces)
+        meta = {"file": self.file, "size": size, "sha256": checksum, "tensors": sorted(layout)}
+        Writer(worker.store, self.out).commit(meta)
+        return {"file": self.file, "size": size}
+
+
+class Packer:
+    """Makes a checkpoint tensor by its name; keeps the quantized weights of one block and the packed tensors of one linear."""
+
+    def __init__(self, worker: Worker, quantized: Mapping[int, Artifact]) -> None:
+        self.worker = worker
+        self.quantized = quantized
+        self.linears = quantized_linears(worker.skeleton, worker.config.scheme.skip)
+        self.block: tuple[int, dict[str, QuantizedWeight]] | None = None
+        self.packed: tuple[str, dict[str, Tensor]] | None = None
+
+    def __call__(self, name: str) -> Tensor:
+        owner = name.rpartition(".")[0]
+        if owner not in self.linears or name == f"{owner}.bias":
+            return self._untouched(name)
+        if self.packed is None or self.packed[0] != owner:
+            self.packed = (owner, self._pack(owner))
+        return self.packed[1][name]
+
+    def _untouched(self, name: str) -> Tensor:
+        worker = self.worker
+        tensor = worker.source.read(stored_name(name, worker.source, worker.skeleton.model))
+        return tensor.to(worker.context.dtype) if tensor.is_floating_point() else tensor
+
+    def _pack(self, owner: str) -> dict[str, Tensor]:
+        index = self.linears[owner]
+        if self.block is None or self.block[0] != index:
+            self.block = None
+            self.block = (index, unpack_weights(read_tensors(self.worker.store, self.quantized[index], WEIGHTS_FILE)))
+        weight = self.block[1][owner.removeprefix(self.worker.skeleton.block_prefix(index) + ".")]
+        zero = None if self.worker.grid.symmetric else weight.zero_point
+        return pack_linear(owner, weight.codes, weight.scale, zero, self.worker.grid.bits)
+
+
+def shard_intact(checkpoint: Store, record: Record, *, thorough: bool) -> bool:
+    """Whether a committed shard is still what was written: by size, or by reading it all."""
+    file, size, checksum = record.meta["file"], record.meta["size"], record.meta["sha256"]
+    try:
+        if checkpoint.size(file) != size:
+            return False
+    except FileNotFoundError:
+        return False
+    if not thorough:
+        return True
+    hasher = hashlib.sha256()
+    for start in range(0, size, 1 << 26):
+        hasher.update(checkpoint.read_range(file, start, min(start + (1 << 26), size)))
+    return hasher.hexdigest() == checksum
+
+
+def withdraw(checkpoint: Store) -> None:
+    """Make an older checkpoint invisible before any of it is replaced."""
+    checkpoint.delete(CONFIG_FILE)
+
+
+def published_config(source: ModelSource, config: RunConfig, linears: Mapping[str, int], skeleton: Skeleton, dtype: torch.dtype) -> bytes:
+    """The model's own configuration with the quantization's description."""
+    raw = json.loads(source.side_files["config.json"])
+    others = [
+        name
+        for name, module in skeleton.model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name not in linears
+    ]
+    scheme = config.scheme
+    raw["quantization_config"] = quantization_config(scheme.bits, scheme.group_size, scheme.symmetric, others)
+    raw.pop("torch_dtype", None)
+    raw["dtype"] = str(dtype).removeprefix("torch.")
+    return json.dumps(raw, indent=2, sort_keys=True).encode()
+
+
+def publish(
+    checkpoint: Store, source: ModelSource, shards: list[Record], config_bytes: bytes, extra: Mapping[str, bytes]
+) -> None:
+    """Write everything beside the shards, `config.json` last."""
+    for name, data in source.side_files.items():
+        if name != CONFIG_FILE:
+            checkpoint.put(name, data)
+    for name, data in extra.items():
+        checkpoint.put(name, data)
+    if len(shards) > 1:
+        weight_map = {tensor: record.meta["file"] for record in shards for tensor in record.meta["tensors"]}
+        total = sum(record.meta["size"] for record in shards)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        checkpoint.put(INDEX_FILE, json.dumps(index, indent=1).encode())
+    checkpoint.put(CONFIG_FILE, config_bytes)

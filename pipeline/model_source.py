@@ -1,0 +1,191 @@
+"""A model on any storage: configuration, tokenizer files and an index of its safetensors shards, read tensor by tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from pipeline.config import ModelConfig
+from pipeline.errors import UserError
+from pipeline.store import Store, open_store
+from pipeline.tensors import TensorEntry, TensorFileError, read_header, read_tensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# What a checkpoint needs beside its weights; everything else in a model folder is left behind.
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+@dataclass
+class ModelSource:
+    """A model folder. `index` maps a tensor's name to its shard and its place in it."""
+
+    store: Store
+    config: PretrainedConfig
+    side_files: dict[str, bytes] = field(repr=False)
+    index: dict[str, tuple[str, TensorEntry]] = field(repr=False)
+
+    @property
+    def shards(self) -> list[str]:
+        return sorted({shard for shard, _ in self.index.values()})
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, by a ranged read. Raises UserError if the shard has changed or vanished since it was opened."""
+        shard, entry = self.index[name]
+        try:
+            return read_tensor(self.store, shard, entry)
+        except (FileNotFoundError, EOFError) as error:
+            raise UserError(f"{self.store.describe(shard)}: the shard vanished or shrank while it was read: {error}") from error
+
+    def fingerprint(self) -> str:
+        """Changes when any shard or the configuration is replaced; found without reading weights."""
+        hasher = hashlib.sha256(self.side_files["config.json"])
+        for shard in self.shards:
+            hasher.update(f"{shard}:{self.store.stamp(shard)};".encode())
+        return hasher.hexdigest()
+
+    def dtype(self, wanted: str) -> torch.dtype:
+        """The result's dtype; `auto` is the one that most of the stored elements have."""
+        if wanted != "auto":
+            return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[wanted]
+        sizes: dict[torch.dtype, int] = {}
+        for _, entry in self.index.values():
+            if entry.dtype.is_floating_point:
+                sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.end - entry.start
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer. Raises UserError if it has none."""
+        with tempfile.TemporaryDirectory() as folder:
+            _write_side_files(self.side_files, Path(folder))
+            try:
+                return AutoTokenizer.from_pretrained(folder)
+            except (OSError, ValueError) as error:
+                raise UserError(f"{self.store.url}: no usable tokenizer beside the weights: {error}") from error
+
+
+def _write_side_files(files: dict[str, bytes], folder: Path) -> None:
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+
+
+def hub_url(source: str, revision: str | None) -> str:
+    """The fsspec address of a hub id."""
+    return f"hf://{source}@{revision}" if revision else f"hf://{source}"
+
+
+def locate(model: ModelConfig, options: dict[str, Any]) -> Store:
+    """The store that holds the model folder: an fsspec URL as it is, an existing path, or else a hub id."""
+    source = model.source
+    if "://" in source or "::" in source:
+        return open_store(source, options)
+    if Path(source).exists():
+        return open_store(source)
+    if source.count("/") == 1 and not source.startswith((".", "/", "~")):
+        return open_store(hub_url(source, model.revision))
+    raise UserError(f"model.source {source}: there is no such folder; give a local folder, a hub id (org/name), an fsspec URL or a .gguf file")
+
+
+def read_side_files(store: Store) -> dict[str, bytes]:
+    """The small files beside the weights."""
+    files = {}
+    for name in SIDE_FILES:
+        try:
+            files[name] = store.get(name)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise UserError(f"{store.describe(name)}: cannot be read: {error}") from error
+    if "config.json" not in files:
+        raise UserError(f"{store.url}: there is no config.json, so this is no transformers model folder (or it cannot be reached)")
+    return files
+
+
+def parse_model_config(files: dict[str, bytes], where: str, *, trust_remote_code: bool) -> PretrainedConfig:
+    """The configuration through transformers' own registry. Raises UserError for an unknown architecture."""
+    try:
+        raw = json.loads(files["config.json"])
+    except ValueError as error:
+        raise UserError(f"{where}/config.json: not valid JSON: {error}") from error
+    if raw.get("quantization_config"):
+        raise UserError(
+            f"{where}: the model is already quantized ({raw['quantization_config'].get('quant_method', 'unknown method')}); "
+            "start from its full-precision weights"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        _write_side_files(files, Path(folder))
+        try:
+            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except (ValueError, KeyError, OSError) as error:
+            kind = raw.get("model_type")
+            raise UserError(
+                f"{where}/config.json: transformers does not know the architecture {kind!r}; upgrade transformers, or set "
+                "model.trust_remote_code if the model brings its own code and you trust it"
+            ) from error
+
+
+def _shard_of_each(store: Store) -> dict[str, str] | None:
+    """The weight map of an indexed checkpoint; None for a single file."""
+    try:
+        raw = json.loads(store.get(INDEX))
+        return dict(raw["weight_map"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{store.describe(INDEX)}: not a valid index: {error}") from error
+
+
+def _header(store: Store, shard: str) -> dict[str, TensorEntry]:
+    try:
+        return read_header(store, shard)
+    except FileNotFoundError as error:
+        raise UserError(f"{store.describe(shard)}: this shard is missing; download the model again or restore the file's name") from error
+    except (TensorFileError, EOFError) as error:
+        raise UserError(f"{error}; download the shard again") from error
+
+
+def read_index(store: Store) -> dict[str, tuple[str, TensorEntry]]:
+    """Every tensor's shard and place, single-file or indexed. Raises UserError if shards are missing, truncated or disagree."""
+    weight_map = _shard_of_each(store)
+    if weight_map is None:
+        if not store.exists(SINGLE):
+            raise UserError(f"{store.url}: there is neither {SINGLE} nor {INDEX}; only safetensors weights are read")
+        return {name: (SINGLE, entry) for name, entry in _header(store, SINGLE).items()}
+    index: dict[str, tuple[str, TensorEntry]] = {}
+    for shard in sorted(set(weight_map.values())):
+        entries = _header(store, shard)
+        claimed = {name for name, where in weight_map.items() if where == shard}
+        if claimed != set(entries):
+            odd = sorted(claimed ^ set(entries))[0]
+            side = "the index names it, the shard does not hold it" if odd in claimed else "the shard holds it, the index does not name it"
+            raise UserError(f"{store.describe(shard)}: index and shard disagree on {odd}: {side}; download the model again")
+        index |= {name: (shard, entry) for name, entry in entries.items()}
+    return index
+
+
+def open_model(store: Store, *, trust_remote_code: bool = False) -> ModelSource:
+    """Open a model folder: configuration, side files and shard headers; no weights are read."""
+    files = read_side_files(store)
+    config = parse_model_config(files, store.url, trust_remote_code=trust_remote_code)
+    return ModelSource(store, config, files, read_index(store))

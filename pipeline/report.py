@@ -1,0 +1,185 @@
+"""What a run leaves for people and machines: result, manifest, model card, and the published checkpoint."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pipeline.artifacts import Artifact, Record, read_record
+from pipeline.errors import UserError
+from pipeline.identity import run_identity
+from pipeline.merge import publish, published_config, quantized_linears
+from pipeline.run import Finished, Prepared
+from pipeline.store import Store
+from pipeline.worker import peak_rss_mib
+
+RESULT_FILE = "result.json"
+MANIFEST_FILE = "manifest.json"
+CHECKPOINT_MANIFEST = "lsi_manifest.json"
+TIMES = ("worker", "host", "pid", "started", "ended", "peak_rss_mib")
+
+
+def records(store: Store, artifacts: list[Artifact]) -> list[Record]:
+    """Commit records of artifacts that a finished run must have."""
+    found = [read_record(store, artifact) for artifact in artifacts]
+    missing = [a.path for a, record in zip(artifacts, found, strict=True) if record is None]
+    if missing:
+        raise UserError(f"{store.describe(missing[0])}: not committed although the run ended; run `lsi quantize` again")
+    return [record for record in found if record is not None]
+
+
+def artifacts_of(finished: Finished, kind: str) -> list[Artifact]:
+    return [a for node in finished.graph.nodes for a in node.makes if a.kind == kind]
+
+
+def perplexities(finished: Finished) -> dict[str, dict[str, float]]:
+    """By variant and text."""
+    found: dict[str, dict[str, float]] = {}
+    artifacts = artifacts_of(finished, "evaluation")
+    for artifact, record in zip(artifacts, records(finished.prepared.store, artifacts), strict=True):
+        variant, _, text = artifact.name.partition("-")
+        found.setdefault(variant, {})[text] = record.meta["perplexity"]
+    return found
+
+
+def block_reports(finished: Finished) -> list[dict[str, Any]]:
+    """Status, losses and timeline of every block, from its commit record."""
+    return [record.meta for record in records(finished.prepared.store, artifacts_of(finished, "quantized"))]
+
+
+def without_times(block: dict[str, Any]) -> dict[str, Any]:
+    """A block's report without what differs from run to run."""
+    history = [{k: v for k, v in entry.items() if k not in TIMES} for entry in block["history"]]
+    return block | {"history": history}
+
+
+def flagged(blocks: list[dict[str, Any]]) -> list[int]:
+    """Blocks whose training met a number that is not finite; they keep their best finite state."""
+    return [block["block"] for block in blocks if block["status"] != "ok"]
+
+
+def recipe_of(prepared: Prepared) -> dict[str, Any]:
+    return run_identity(prepared.config, prepared.context.autocast)
+
+
+def scheme_words(prepared: Prepared) -> str:
+    """Such as "W3 group 64, asymmetric"."""
+    scheme = prepared.config.scheme
+    size = f"group {scheme.group_size}" if scheme.group_size else "per channel"
+    return f"W{scheme.bits} {size}, {'symmetric' if scheme.symmetric else 'asymmetric'}"
+
+
+LABELS = {"full_precision": "full precision", "round_to_nearest": "round-to-nearest", "quantized": "quantized"}
+
+
+def perplexity_rows(table: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the perplexity table."""
+    texts = list(next(iter(table.values()), {}))
+    rows = [[LABELS[v], *(f"{table[v][t]:.2f}" if table[v][t] < 1e5 else f"{table[v][t]:.3g}" for t in texts)] for v in LABELS if v in table]
+    return ["", *texts], rows
+
+
+def model_card(prepared: Prepared, table: dict[str, dict[str, float]], blocks: list[dict[str, Any]]) -> str:
+    """The checkpoint's README. Deterministic: no dates, no times, no machine."""
+    config = prepared.config
+    identity = recipe_of(prepared)
+    header, rows = perplexity_rows(table)
+    lines = [
+        "---",
+        "tags: [quantized, compressed-tensors, lsi]",
+        "---",
+        f"# {config.model.source.rstrip('/').rsplit('/', 1)[-1]}, {scheme_words(prepared)}",
+        "",
+        "Quantized by block-wise calibration with learnable singular value increments (LSI, arXiv 2406.16299) and learned",
+        "clipping (OmniQuant, arXiv 2308.13137). Stored in compressed-tensors `pack-quantized` form; `transformers` loads it as it is:",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM",
+        'model = AutoModelForCausalLM.from_pretrained("PATH")',
+        "```",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| scheme | {scheme_words(prepared)}; left alone: {', '.join(config.scheme.skip) or 'nothing'} |",
+        f"| trained | clipping {config.method.clipping}, increment {config.method.increment} |",
+        f"| optimizer | {config.optimizer.epochs} epochs, batches of {config.optimizer.batch_size} |",
+        f"| schedule | {config.schedule.kind}, inputs renewed every {config.schedule.refresh_every} epochs |",
+        f"| calibration | {config.data.samples} × {config.data.sequence_length} tokens of {config.data.source}, seed {config.data.seed} |",
+        f"| made with | {', '.join(f'{name} {value}' for name, value in identity['versions'].items())} |",
+    ]
+    if rows:
+        evaluation = config.evaluation
+        lines += ["", f"Perplexity, {evaluation.windows} windows of {evaluation.length} tokens (lower is better):", ""]
+        lines += [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]]
+    if odd := flagged(blocks):
+        lines += ["", f"**Blocks {', '.join(map(str, odd))} met non-finite losses in training and keep their best finite state.**"]
+    return "\n".join([*lines, ""])
+
+
+def publish_checkpoint(finished: Finished) -> None:
+    """Everything but the shards, the configuration last. The same bytes for the same recipe."""
+    prepared = finished.prepared
+    blocks = block_reports(finished)
+    linears = quantized_linears(prepared.skeleton, prepared.config.scheme.skip)
+    shards = records(prepared.store, artifacts_of(finished, "shard"))
+    table = perplexities(finished) if _evaluated(finished) else {}
+    manifest = {
+        "identity": recipe_of(prepared),
+        "perplexity": table,
+        "blocks": [without_times(block) for block in blocks],
+        "files": {record.meta["file"]: {"size": record.meta["size"], "sha256": record.meta["sha256"]} for record in shards},
+    }
+    extra = {
+        "README.md": model_card(prepared, table, blocks).encode(),
+        CHECKPOINT_MANIFEST: json.dumps(manifest, indent=1, sort_keys=True).encode(),
+    }
+    config = published_config(prepared.source, prepared.config, linears, prepared.skeleton, prepared.context.dtype)
+    publish(prepared.checkpoint, prepared.source, shards, config, extra)
+
+
+def _evaluated(finished: Finished) -> bool:
+    goals = {a.path for a in finished.graph.goals}
+    return all(a.path in goals for a in artifacts_of(finished, "evaluation"))
+
+
+def write_result(finished: Finished) -> dict[str, Any]:
+    """`result.json` and `manifest.json` in the run directory. Returns the result."""
+    prepared = finished.prepared
+    blocks = block_reports(finished)
+    result = {
+        "perplexity": perplexities(finished) if _evaluated(finished) else {},
+        "checkpoint": prepared.checkpoint.url,
+        "scheme": scheme_words(prepared),
+        "flagged_blocks": flagged(blocks),
+        "seconds": {name: round(value, 2) for name, value in finished.seconds.items()} | training_seconds(blocks),
+        "units": {"run": finished.units_run, "committed_before": finished.units_committed_before},
+        "peak_rss_mib": {"driver": round(peak_rss_mib(), 1), **finished.peak_rss_mib},
+    }
+    manifest = {
+        "identity": recipe_of(prepared),
+        "result": result,
+        "blocks": blocks,
+        "timeline": timeline(blocks),
+        "most_blocks_at_once": most_at_once(timeline(blocks)),
+    }
+    prepared.store.put(MANIFEST_FILE, json.dumps(manifest, indent=1, sort_keys=True).encode())
+    prepared.store.put(RESULT_FILE, json.dumps(result, indent=1).encode())
+    return result
+
+
+def training_seconds(blocks: list[dict[str, Any]]) -> dict[str, float]:
+    """Time in training units, summed over workers."""
+    spans = [entry["ended"] - entry["started"] for block in blocks for entry in block["history"]]
+    return {"training_all_workers": round(sum(spans), 2)}
+
+
+def timeline(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every training unit with its worker, in order of start."""
+    entries = [{"block": block["block"], **entry} for block in blocks for entry in block["history"]]
+    return sorted(entries, key=lambda entry: entry["started"])
+
+
+def most_at_once(entries: list[dict[str, Any]]) -> int:
+    """The largest number of different blocks in training at one time."""
+    moments = [e["started"] for e in entries]
+    return max((len({e["block"] for e in entries if e["started"] <= t < e["ended"]}) for t in moments), default=0)

@@ -1,0 +1,231 @@
+"""The model without its weights: transformers' own classes on the meta device, filled one block at a time.
+
+Everything around the blocks (embeddings, final norm, head, whatever scaling a family does) runs as the family wrote it: the
+blocks are replaced by stand-ins that record what they are called with, or hand in hidden states from elsewhere.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from pipeline.errors import UserError
+from pipeline.model_source import ModelSource
+
+Arguments = dict[str, Any]
+
+
+def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The causal language model with parameters on the meta device; buffers (rotary frequencies) are real."""
+    with init_empty_weights(include_buffers=False):
+        try:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        except (ValueError, KeyError) as error:
+            raise UserError(f"architecture {config.model_type!r} is no causal language model that transformers knows: {error}") from error
+    model.tie_weights()
+    return model.eval()
+
+
+def block_list_name(model: nn.Module) -> str:
+    """The name of the decoder's block list: the longest list of modules of one class. Raises UserError if there is none."""
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) == 1
+    }
+    depth = getattr(model.config, "num_hidden_layers", None)
+    fitting = [name for name, module in lists.items() if len(module) == depth]
+    if not fitting:
+        raise UserError(f"{type(model).__name__}: found no list of {depth} decoder blocks; this architecture is not supported")
+    return min(fitting, key=lambda name: name.count("."))
+
+
+@dataclass
+class Skeleton:
+    """A model whose weights are elsewhere. `blocks_name` is the prefix of the blocks' names, such as model.layers."""
+
+    model: PreTrainedModel
+    blocks_name: str
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        blocks = self.model.get_submodule(self.blocks_name)
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def block_prefix(self, index: int) -> str:
+        return f"{self.blocks_name}.{index}"
+
+
+def make_skeleton(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Skeleton:
+    model = empty_model(config, trust_remote_code=trust_remote_code)
+    return Skeleton(model, block_list_name(model))
+
+
+def tensor_names(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """Parameters and persistent buffers by full name; a tied one once, under the name it is stored by."""
+    seen: set[int] = set()
+    names = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            names[f"{prefix}.{name}" if prefix else name] = tensor
+    return names
+
+
+def stored_name(name: str, source: ModelSource, model: PreTrainedModel) -> str:
+    """The checkpoint's own name of a tensor: some leave out the base model's prefix. Raises UserError if it is not there."""
+    base = model.base_model_prefix + "."
+    candidates = [name, name.removeprefix(base), base + name]
+    for candidate in candidates:
+        if candidate in source.index:
+            return candidate
+    raise UserError(f"{source.store.url}: no shard holds {name}, which {type(model).__name__} needs; is a shard missing from the index?")
+
+
+def _fill(module: nn.Module, prefix: str, source: ModelSource, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Read every tensor of a meta module and put it in place."""
+    for name, expected in tensor_names(module, prefix).items():
+        tensor = source.read(stored_name(name, source, model))
+        if tensor.shape != expected.shape:
+            raise UserError(
+                f"{source.store.url}: {name} has shape {list(tensor.shape)}, its configuration asks for {list(expected.shape)}"
+            )
+        if tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        local = name.removeprefix(prefix + ".") if prefix else name
+        owner = module.get_submodule(local.rpartition(".")[0])
+        leaf = local.rpartition(".")[2]
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            owner._buffers[leaf] = tensor
+
+
+def load_block(skeleton: Skeleton, source: ModelSource, index: int, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
+    """Block `index` with its weights, a module of its own."""
+    block = copy.deepcopy(skeleton.blocks[index])
+    _fill(block, skeleton.block_prefix(index), source, skeleton.model, dtype)
+    return block.to(device).eval()
+
+
+class _StandIn(nn.Module):
+    """Takes a block's place: records the call and returns the hidden states it is told to, or those it got."""
+
+    def __init__(self, replaced: nn.Module, returns_tuple: bool, hand_in: Callable[[], Tensor | None]) -> None:
+        super().__init__()
+        # Some models ask a block for its attention type before they call it.
+        for name in ("attention_type", "layer_type", "is_sliding"):
+            if hasattr(replaced, name):
+                setattr(self, name, getattr(replaced, name))
+        self.returns_tuple = returns_tuple
+        self.hand_in = hand_in
+        self.seen: Tensor | None = None
+        self.arguments: Arguments = {}
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            raise UserError(f"blocks of this architecture take positional arguments ({len(args)}); it is not supported")
+        self.seen = hidden
+        self.arguments = {k: v for k, v in kwargs.items() if k not in ("past_key_values", "past_key_value", "use_cache")}
+        given = self.hand_in()
+        result = hidden if given is None else given
+        return (result,) if self.returns_tuple else result
+
+
+@dataclass
+class Surroundings:
+    """All of the model but its blocks, with real weights: embeddings, final norm, head."""
+
+    model: PreTrainedModel
+    stand_ins: list[_StandIn]
+    handed_in: list[Tensor | None]
+
+    @torch.no_grad()
+    def embed(self, tokens: Int[Tensor, "batch sequence"]) -> Float[Tensor, "batch sequence hidden"]:
+        """The hidden states that enter block 0."""
+        self._call(tokens, None)
+        seen = self.stand_ins[0].seen
+        assert seen is not None
+        return seen
+
+    @torch.no_grad()
+    def arguments(self, sequence_length: int) -> list[Arguments]:
+        """What each block is called with besides the hidden states, for any batch of whole sequences of this length."""
+        device = self.model.get_input_embeddings().weight.device
+        self._call(torch.zeros(1, sequence_length, dtype=torch.long, device=device), None)
+        return [stand_in.arguments for stand_in in self.stand_ins]
+
+    @torch.no_grad()
+    def logits(self, tokens: Int[Tensor, "batch sequence"], hidden: Tensor) -> Float[Tensor, "batch sequence vocabulary"]:
+        """The logits of hidden states that leave the last block."""
+        return self._call(tokens, hidden)
+
+    def _call(self, tokens: Tensor, hidden: Tensor | None) -> Tensor:
+        self.handed_in[0] = hidden
+        return self.model(input_ids=tokens, use_cache=False).logits
+
+
+def _returns_tuple(skeleton: Skeleton, arguments: Callable[[], Arguments]) -> bool:
+    """Whether the family's blocks return a tuple: asked of a block on the meta device, where running costs nothing."""
+    block = copy.deepcopy(skeleton.blocks[0]).to("meta")
+    hidden = torch.empty(1, 2, skeleton.model.config.hidden_size, device="meta")
+    on_meta = {name: _to_meta(value) for name, value in arguments().items()}
+    return isinstance(block(hidden, **on_meta), tuple)
+
+
+def _to_meta(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to("meta")
+    if isinstance(value, tuple):
+        return tuple(_to_meta(v) for v in value)
+    return value
+
+
+def load_surroundings(skeleton: Skeleton, source: ModelSource, dtype: torch.dtype, device: str = "cpu") -> Surroundings:
+    """Read everything outside the blocks; the blocks themselves are replaced by stand-ins."""
+    handed_in: list[Tensor | None] = [None]
+    model = copy.deepcopy(skeleton.model)
+    stand_ins = [_StandIn(block, False, lambda: handed_in[0]) for block in skeleton.blocks]
+    model.set_submodule(skeleton.blocks_name, nn.ModuleList(stand_ins))
+    _fill(model, "", source, skeleton.model, dtype)
+    # A tied head is the same tensor as the embedding; filling replaced one of the two.
+    model.tie_weights()
+    model = model.to(device)
+    surroundings = Surroundings(model, stand_ins, handed_in)
+    surroundings.arguments(2)
+    tuples = _returns_tuple(skeleton, lambda: stand_ins[0].arguments)
+    for stand_in in stand_ins:
+        stand_in.returns_tuple = tuples
+    return surroundings
+
+
+def check_groups(skeleton: Skeleton, names: list[str], group_size: int | None) -> None:
+    """Refuse a group size that does not divide some linear's inputs, naming the linears and the sizes that would do."""
+    if group_size is None:
+        return
+    widths = {name: _in_features(skeleton.blocks[0].get_submodule(name)) for name in names}
+    wrong = {name: width for name, width in widths.items() if width % group_size}
+    if wrong:
+        listed = ", ".join(f"{name} ({width})" for name, width in wrong.items())
+        fits = [s for s in (256, 192, 128, 96, 64, 48, 32, 16) if all(w % s == 0 for w in widths.values())]
+        raise UserError(
+            f"scheme.group_size {group_size} does not divide the input channels of {listed}; "
+            f"sizes that would do: {', '.join(map(str, fits)) or 'none of the usual ones'}, or null for one scale per output channel"
+        )
+
+
+def _in_features(module: nn.Module) -> int:
+    assert isinstance(module, nn.Linear)
+    return module.in_features

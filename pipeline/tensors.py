@@ -1,0 +1,144 @@
+"""safetensors without a second copy: written as a header and memory views, read whole or by ranges.
+
+The safetensors package reads paths or bytes; object stores want neither, so the format's frame (eight bytes of length, a JSON
+header, raw little-endian data) is handled here. Everything else about it is in the package's specification.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.store import Store
+
+_NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_MAX_HEADER = 100 << 20
+
+
+class TensorFileError(ValueError):
+    """The bytes are not a whole safetensors file."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: byte positions count from the start of the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The raw bytes of a contiguous CPU tensor, not copied."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def file_order(layout: Layout) -> list[str]:
+    """The order of tensors in a file: widest dtype first, which keeps every tensor aligned, then by name."""
+    return sorted(layout, key=lambda name: (-layout[name][0].itemsize, name))
+
+
+def layout_bytes(layout: Layout) -> int:
+    """Bytes of all tensors of a layout, without the header."""
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
+
+
+def write_lazily(layout: Layout, produce: Callable[[str], Tensor], metadata: dict[str, str] | None = None) -> Iterator[memoryview]:
+    """A safetensors file in pieces: header, then one tensor after another, asked for when its turn comes.
+
+    Raises TensorFileError if a produced tensor is not what the layout promised.
+    """
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    for name in file_order(layout):
+        dtype, shape = layout[name]
+        end = offset + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield memoryview(struct.pack("<Q", len(text)) + text)
+    for name in file_order(layout):
+        tensor = produce(name)
+        if (tensor.dtype, tuple(tensor.shape)) != layout[name]:
+            raise TensorFileError(f"{name} is {tensor.dtype} {list(tensor.shape)}, expected {layout[name][0]} {list(layout[name][1])}")
+        yield tensor_bytes(tensor)
+
+
+def serialize(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+    """A safetensors file of tensors in memory, in pieces. Equal tensors give equal bytes."""
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return write_lazily(layout, tensors.__getitem__)
+
+
+def parse_header(text: bytes) -> dict[str, TensorEntry]:
+    """Entries from the JSON header (without the eight length bytes before it)."""
+    try:
+        raw = json.loads(text)
+        base = 8 + len(text)
+        return {
+            name: TensorEntry(_DTYPES[e["dtype"]], tuple(e["shape"]), base + e["data_offsets"][0], base + e["data_offsets"][1])
+            for name, e in raw.items()
+            if name != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise TensorFileError(f"unreadable safetensors header: {error}") from error
+
+
+def read_header(store: Store, key: str) -> dict[str, TensorEntry]:
+    """The entries of a file in two ranged reads; the file's size must be what the header promises."""
+    size = store.size(key)
+    if size < 8:
+        raise TensorFileError(f"{store.describe(key)}: {size} bytes are no safetensors file")
+    (length,) = struct.unpack("<Q", store.read_range(key, 0, 8))
+    if length > min(size - 8, _MAX_HEADER):
+        raise TensorFileError(f"{store.describe(key)}: the header claims {length} bytes, the file has {size}: it is truncated or not safetensors")
+    entries = parse_header(store.read_range(key, 8, 8 + length))
+    promised = max((entry.end for entry in entries.values()), default=8 + length)
+    if promised != size:
+        raise TensorFileError(f"{store.describe(key)}: the header describes {promised} bytes, the file has {size}: it is truncated or damaged")
+    return entries
+
+
+def read_tensor(store: Store, key: str, entry: TensorEntry) -> Tensor:
+    """One tensor by a ranged read."""
+    return _from_buffer(store.read_range(key, entry.start, entry.end), entry)
+
+
+def deserialize(data: bytes) -> dict[str, Tensor]:
+    """All tensors of a file that is in memory; they share its buffer."""
+    if len(data) < 8:
+        raise TensorFileError(f"{len(data)} bytes are no safetensors file")
+    (length,) = struct.unpack("<Q", data[:8])
+    view = memoryview(bytearray(data))
+    return {name: _from_buffer(view[e.start : e.end], e) for name, e in parse_header(data[8 : 8 + length]).items()}
+
+
+def _from_buffer(data: bytes | memoryview, entry: TensorEntry) -> Tensor:
+    if not len(data):
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    raw = bytearray(data) if isinstance(data, bytes) else data
+    return torch.frombuffer(raw, dtype=entry.dtype).reshape(entry.shape)

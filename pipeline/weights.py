@@ -1,0 +1,44 @@
+"""Stage `inspect`: read every weight once, refuse what is not finite, and name it by its content."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.artifacts import Artifact, Writer
+from pipeline.errors import UserError
+from pipeline.skeleton import Skeleton, stored_name, tensor_names
+from pipeline.tensors import tensor_bytes
+from pipeline.worker import Worker
+
+
+def block_tensors(skeleton: Skeleton, block: int | None) -> dict[str, torch.Tensor]:
+    """Meta tensors by full name of one block, or of everything outside the blocks (None)."""
+    if block is not None:
+        return tensor_names(skeleton.blocks[block], skeleton.block_prefix(block))
+    inside = skeleton.blocks_name + "."
+    return {name: t for name, t in tensor_names(skeleton.model).items() if not name.startswith(inside)}
+
+
+@dataclass(frozen=True)
+class InspectTask:
+    """Digest the weights of one block, or of everything outside the blocks (`block` None)."""
+
+    block: int | None
+    out: Artifact
+
+    def __call__(self, worker: Worker) -> dict[str, Any]:
+        hasher = hashlib.sha256()
+        for name in sorted(block_tensors(worker.skeleton, self.block)):
+            tensor = worker.source.read(stored_name(name, worker.source, worker.skeleton.model))
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                count = int((~torch.isfinite(tensor)).sum())
+                raise UserError(f"{worker.source.store.url}: {name} holds {count} values that are NaN or infinite; the model is damaged, get it again")
+            hasher.update(f"{name}:{tensor.dtype}:{list(tensor.shape)};".encode())
+            hasher.update(tensor_bytes(tensor))
+        result = {"digest": hasher.hexdigest()}
+        Writer(worker.store, self.out).commit(result)
+        return result

@@ -1,0 +1,200 @@
+"""What every stage needs inside an actor: the open stores, the model skeleton, and memory that is bounded and explicit."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cluster.units import UnitError
+from lsi.block import linear_names
+from lsi.grid import Grid
+from pipeline.artifacts import Artifact, CorruptArtifactError, discard, read_tensors
+from pipeline.config import RunConfig
+from pipeline.errors import UserError
+from pipeline.model_source import ModelSource, open_model
+from pipeline.skeleton import Arguments, Skeleton, Surroundings, load_block, load_surroundings, make_skeleton
+from pipeline.store import StorageFullError, Store, open_store
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One activation object: `file` of a committed artifact, holding a tensor `hidden`, samples × sequence × hidden."""
+
+    artifact: Artifact
+    file: str
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a driver tells its actors. Everything here is resolved: nothing depends on the machine an actor runs on."""
+
+    config: RunConfig
+    model_url: str
+    checkpoint_url: str
+    dtype: torch.dtype
+    autocast: torch.dtype | None
+    model_options: dict[str, Any] = field(default_factory=dict, repr=False)
+
+
+class ChunkCache:
+    """Activation chunks, kept up to a number of bytes, the next ones read ahead by one thread."""
+
+    def __init__(self, store: Store, limit_bytes: int) -> None:
+        self.store = store
+        self.limit = limit_bytes
+        self.kept: OrderedDict[Chunk, Tensor] = OrderedDict()
+        self.coming: dict[Chunk, Future[Tensor]] = {}
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+
+    def _read(self, chunk: Chunk) -> Tensor:
+        return read_tensors(self.store, chunk.artifact, chunk.file)["hidden"]
+
+    def prefetch(self, chunks: Iterable[Chunk]) -> None:
+        """Begin to read chunks that will be asked for next."""
+        for chunk in chunks:
+            if chunk not in self.kept and chunk not in self.coming:
+                self.coming[chunk] = self.reader.submit(self._read, chunk)
+
+    def get(self, chunk: Chunk) -> Tensor:
+        """The chunk's hidden states. Raises CorruptArtifactError."""
+        if chunk in self.kept:
+            self.kept.move_to_end(chunk)
+            return self.kept[chunk]
+        coming = self.coming.pop(chunk, None)
+        tensor = coming.result() if coming else self._read(chunk)
+        self._keep(chunk, tensor)
+        return tensor
+
+    def _keep(self, chunk: Chunk, tensor: Tensor) -> None:
+        self.kept[chunk] = tensor
+        total = sum(t.nbytes for t in self.kept.values())
+        # Passes go over the chunks in other orders each time, so the newest is as good a victim as any, except that the
+        # oldest would empty the whole cache on every pass of a working set just above the limit.
+        while total > self.limit and self.kept:
+            _, dropped = self.kept.popitem()
+            total -= dropped.nbytes
+
+    def drop_except(self, artifacts: set[str]) -> None:
+        """Forget chunks of other artifacts, and reads that nobody waits for any more."""
+        for chunk in [c for c in self.kept if c.artifact.path not in artifacts]:
+            del self.kept[chunk]
+        for chunk in [c for c in self.coming if c.artifact.path not in artifacts]:
+            self.coming.pop(chunk).cancel()
+
+
+class Worker:
+    """An actor's open model and stores, and the last block it worked on."""
+
+    def __init__(self, context: Context, name: str) -> None:
+        self.context = context
+        self.config = context.config
+        self.name = name
+        self.device = context.config.compute.device
+        self.store = open_store(context.config.storage.run, context.config.storage.options)
+        self.checkpoint = open_store(context.checkpoint_url, context.config.storage.options)
+        self.chunks = ChunkCache(self.store, context.config.storage.cache_mib << 20)
+        self._block: tuple[int, nn.Module] | None = None
+        # The optimize stage keeps its block here from one epoch to the next.
+        self.held: tuple[str, Any] | None = None
+
+    @cached_property
+    def source(self) -> ModelSource:
+        store = open_store(self.context.model_url, self.context.model_options)
+        return open_model(store, trust_remote_code=self.config.model.trust_remote_code)
+
+    @cached_property
+    def skeleton(self) -> Skeleton:
+        return make_skeleton(self.source.config, trust_remote_code=self.config.model.trust_remote_code)
+
+    @cached_property
+    def grid(self) -> Grid:
+        scheme = self.config.scheme
+        return Grid(scheme.bits, scheme.group_size, scheme.symmetric)
+
+    @cached_property
+    def _arguments(self) -> dict[int, list[Arguments]]:
+        return {}
+
+    def surroundings(self) -> Surroundings:
+        """Embeddings, norm and head. Not kept: a stage that needs them holds them for one unit."""
+        return load_surroundings(self.skeleton, self.source, self.context.dtype, self.device)
+
+    def arguments(self, block: int, sequence_length: int) -> Arguments:
+        """What a block is called with; recorded once per sequence length."""
+        if sequence_length not in self._arguments:
+            self._arguments[sequence_length] = self.surroundings().arguments(sequence_length)
+        return self._arguments[sequence_length][block]
+
+    def block(self, index: int) -> nn.Module:
+        """The full-precision block in the model's dtype. The last one is kept; do not change it."""
+        if self._block is None or self._block[0] != index:
+            self._block = None
+            self._block = (index, self.new_block(index))
+        return self._block[1]
+
+    def new_block(self, index: int) -> nn.Module:
+        """A full-precision block of the caller's own."""
+        return load_block(self.skeleton, self.source, index, self.context.dtype, self.device)
+
+    def linears(self, index: int) -> list[str]:
+        """The linears of a block that are quantized."""
+        return linear_names(self.skeleton.blocks[index], self.skeleton.block_prefix(index), self.config.scheme.skip)
+
+
+def peak_rss_mib() -> float:
+    """Peak resident memory of this process, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def limit_threads(threads: int) -> None:
+    """Set the thread counts that decide the order of sums. The inter-op pool can be set only once a process."""
+    torch.set_num_threads(threads)
+    with suppress(RuntimeError):
+        torch.set_num_interop_threads(1)
+
+
+Task = Callable[[Worker], dict[str, Any]]
+
+
+def make_handler(context: Context, name: str) -> Callable[[Task], dict[str, Any]]:
+    """The function that an actor runs units with. A unit is a picklable callable on the worker, such as a dataclass."""
+    limit_threads(context.config.compute.threads)
+    torch.use_deterministic_algorithms(True)
+    worker = Worker(context, name)
+
+    def handle(task: Task) -> dict[str, Any]:
+        started = time.time()
+        try:
+            result = task(worker)
+        except CorruptArtifactError as error:
+            discard(worker.store, error.artifact)
+            raise UnitError("replan", str(error)) from error
+        except (UserError, StorageFullError, PermissionError) as error:
+            raise UnitError("fatal", str(error)) from error
+        return result | stamp(worker.name, started)
+
+    return handle
+
+
+def stamp(worker: str, started: float) -> dict[str, Any]:
+    """Who did a unit, when, and with how much memory."""
+    return {
+        "worker": worker,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": started,
+        "ended": time.time(),
+        "peak_rss_mib": round(peak_rss_mib(), 1),
+    }

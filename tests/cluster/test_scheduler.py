@@ -1,0 +1,174 @@
+import pytest
+
+from cluster.scheduler import (
+    Assign,
+    End,
+    Event,
+    Instruction,
+    Scheduler,
+    State,
+    StopRequested,
+    UnitDone,
+    UnitFailed,
+    WorkerJoined,
+    WorkerLost,
+)
+from cluster.units import Unit
+
+
+def unit(name: str, *depends_on: str, priority: tuple[int, ...] = (), affinity: str | None = None) -> Unit:
+    return Unit(name, None, depends_on, priority, affinity)
+
+
+def play(scheduler: Scheduler, *events: Event) -> list[Instruction]:
+    """What the last event brings."""
+    instructions: list[Instruction] = []
+    for event in events:
+        instructions = scheduler.handle(event)
+        scheduler.validate()
+    return instructions
+
+
+def done(name: str, worker: str) -> UnitDone:
+    return UnitDone(name, worker, {})
+
+
+def failed(name: str, worker: str, kind: str = "retry", message: str = "broke") -> UnitFailed:
+    return UnitFailed(name, worker, kind, message)  # type: ignore[arg-type]
+
+
+def test_dependencies_hold_back_and_release() -> None:
+    s = Scheduler([unit("c", "a", "b"), unit("a"), unit("b")], 1)
+    assert play(s, WorkerJoined("w")) == [Assign("a", "w")]
+    assert play(s, done("a", "w")) == [Assign("b", "w")]
+    assert play(s, done("b", "w")) == [Assign("c", "w")]
+    assert s.running == {"w": "c"}
+    assert s.counts[State.DONE] == 2
+    assert play(s, done("c", "w")) == [End("done", "All 3 units are done.")]
+    assert play(s, WorkerLost("w", "late"), done("c", "w")) == []
+
+
+def test_idle_workers_are_served_in_the_order_they_came() -> None:
+    s = Scheduler([unit("root"), *(unit(n, "root") for n in "abc")], 1)
+    assert play(s, WorkerJoined("w0"), WorkerJoined("w1"), WorkerJoined("w2")) == []
+    assert play(s, done("root", "w0")) == [Assign("a", "w1"), Assign("b", "w2"), Assign("c", "w0")]
+
+
+def test_smaller_priority_first_then_declaration() -> None:
+    s = Scheduler([unit("late", priority=(1, 0)), unit("x", priority=(0, 1)), unit("y", priority=(0, 1))], 1)
+    assert play(s, WorkerJoined("w")) == [Assign("x", "w")]
+    assert play(s, done("x", "w")) == [Assign("y", "w")]
+    assert play(s, done("y", "w")) == [Assign("late", "w")]
+
+
+def test_no_units_end_done_on_the_first_event() -> None:
+    assert play(Scheduler([], 1), WorkerJoined("w")) == [End("done", "All 0 units are done.")]
+
+
+def test_a_worker_stays_with_its_affinity() -> None:
+    s = Scheduler([unit("a0", affinity="a"), unit("b0", affinity="b"), unit("a1", affinity="a")], 1)
+    assert play(s, WorkerJoined("w")) == [Assign("a0", "w")]
+    assert play(s, done("a0", "w")) == [Assign("a1", "w")]
+
+
+def test_a_strictly_better_free_unit_wins_over_the_own_affinity() -> None:
+    units = [unit("a0", affinity="a"), unit("a1", priority=(2,), affinity="a"), unit("b", priority=(1,), affinity="b")]
+    s = Scheduler(units, 1)
+    assert play(s, WorkerJoined("w"), done("a0", "w")) == [Assign("b", "w")]
+    assert play(s, done("b", "w")) == [Assign("a1", "w")]
+
+
+def test_a_held_affinity_is_left_to_its_holder_while_there_is_other_work() -> None:
+    s = Scheduler([unit("a0", affinity="a"), unit("a1", affinity="a"), unit("b0", affinity="b")], 1)
+    assert play(s, WorkerJoined("w0")) == [Assign("a0", "w0")]
+    assert play(s, WorkerJoined("w1")) == [Assign("b0", "w1")]
+    assert play(s, done("b0", "w1")) == [Assign("a1", "w1")]  # rather than idle
+
+
+def test_an_idle_holder_comes_before_a_worker_that_waits_longer() -> None:
+    units = [
+        unit("a0", affinity="a"),
+        unit("b0", affinity="b"),
+        unit("b1", "gate", affinity="b"),
+        unit("gate", "a0", "b0"),
+    ]
+    s = Scheduler(units, 1)
+    play(s, WorkerJoined("w0"), WorkerJoined("w1"), done("b0", "w1"))
+    assert play(s, done("a0", "w0")) == [Assign("gate", "w1")]
+    play(s, WorkerJoined("w2"))
+    assert play(s, done("gate", "w1")) == [Assign("b1", "w1")]  # the gate, without affinity, displaced nothing
+
+
+def test_a_lost_holder_frees_its_affinity() -> None:
+    s = Scheduler([unit("a0", affinity="a"), unit("a1", affinity="a"), unit("b0", priority=(1,), affinity="b")], 2)
+    play(s, WorkerJoined("w0"), WorkerJoined("w1"), WorkerLost("w0", "gone"))
+    assert s.running == {"w1": "b0"} or s.running == {"w1": "a1"}
+    assert play(s, WorkerJoined("w2")) in ([Assign("a0", "w2")], [Assign("b0", "w2")])
+
+
+def test_the_unit_of_a_lost_worker_is_redone_and_its_late_events_are_ignored() -> None:
+    s = Scheduler([unit("a")], 2)
+    play(s, WorkerJoined("w0"))
+    assert play(s, WorkerLost("w0", "preempted")) == []
+    assert s.attempts("a") == 1
+    assert play(s, WorkerJoined("w1")) == [Assign("a", "w1")]
+    assert play(s, done("a", "w0")) == []
+    assert play(s, failed("a", "w0", "fatal")) == []
+    assert play(s, WorkerJoined("w0")) == []
+    assert play(s, WorkerLost("w0", "again")) == []
+    assert play(s, done("a", "w1")) == [End("done", "All 1 units are done.")]
+
+
+def test_a_loss_counts_as_an_attempt_and_the_last_one_fails_the_run() -> None:
+    s = Scheduler([unit("a"), unit("b")], 2)
+    play(s, WorkerJoined("w0"), WorkerJoined("w1"))
+    assert play(s, failed("a", "w0", message="OSError: flaky")) == [Assign("a", "w0")]
+    assert play(s, WorkerLost("w0", "killed")) == []
+    assert s.draining
+    reason = "Unit a failed 2 times; the last time: worker w0 was lost: killed"
+    assert play(s, done("b", "w1")) == [End("failed", reason)]
+
+
+@pytest.mark.parametrize(("kind", "status"), [("replan", "replan"), ("fatal", "failed")])
+def test_replan_and_fatal_let_the_running_units_end(kind: str, status: str) -> None:
+    s = Scheduler([unit("a"), unit("b"), unit("c")], 3)
+    play(s, WorkerJoined("w0"), WorkerJoined("w1"))
+    assert play(s, failed("a", "w0", kind, "x is missing")) == []
+    assert play(s, WorkerJoined("w2")) == []
+    assert play(s, done("b", "w1")) == [End(status, "Unit a: x is missing")]  # type: ignore[arg-type]
+    assert s.counts[State.DONE] == 1
+
+
+def test_stop_drains() -> None:
+    s = Scheduler([unit("a"), unit("b")], 3)
+    play(s, WorkerJoined("w"))
+    assert play(s, StopRequested("Ctrl-C")) == []
+    assert play(s, failed("a", "w")) == [End("interrupted", "Ctrl-C")]
+
+
+def test_stop_with_nothing_running_ends_at_once() -> None:
+    assert play(Scheduler([unit("a")], 1), StopRequested("Ctrl-C")) == [End("interrupted", "Ctrl-C")]
+
+
+def test_the_last_unit_done_after_a_stop_is_done() -> None:
+    s = Scheduler([unit("a")], 1)
+    assert play(s, WorkerJoined("w"), StopRequested("x"), done("a", "w")) == [End("done", "All 1 units are done.")]
+
+
+@pytest.mark.parametrize(
+    ("units", "message"),
+    [
+        ([unit("a"), unit("a")], "given more than once: a"),
+        ([unit("a", "b")], "a depends on b, which is not among"),
+        ([unit("x"), unit("a", "x", "c"), unit("b", "a"), unit("c", "b")], "a waits for c waits for b waits for a"),
+        ([unit("a", "a")], "a waits for a"),
+    ],
+)
+def test_impossible_plans_are_refused(units: list[Unit], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Scheduler(units, 1)
+
+
+def test_attempts_must_be_possible() -> None:
+    with pytest.raises(ValueError, match="max_attempts is 0"):
+        Scheduler([], 0)
