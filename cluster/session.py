@@ -33,13 +33,13 @@ def ray_session(address: str | None, cpus: int | None = None) -> Iterator[None]:
 @contextmanager
 def _private_ray(cpus: int | None) -> Iterator[None]:
     directory = _directory()
-    command = [sys.executable, guard.__file__, directory]
+    command = [sys.executable, "-I", guard.__file__, directory]
     # A session of its own, or Ctrl-C would end the guard together with those it guards against.
     watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     try:
         # The workers must find the handlers' modules wherever the driver found them.
         path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-        with _environment(RAY_USAGE_STATS_ENABLED="0", PYTHONPATH=path, **{guard.VARIABLE: directory}), _loopback():
+        with _environment(RAY_USAGE_STATS_ENABLED="0", PYTHONPATH=path), _loopback():
             _init(
                 address="local",
                 num_cpus=cpus,

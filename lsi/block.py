@@ -27,6 +27,13 @@ def linear_names(block: nn.Module, prefix: str, skip: list[str]) -> list[str]:
     return [name for name in names if not is_skipped(f"{prefix}.{name}", skip)]
 
 
+def get_linear(block: nn.Module, name: str) -> nn.Linear:
+    """A linear of a block by its name within it."""
+    linear = block.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
 def replace_linears(
     block: nn.Module, names: list[str], grid: Grid, *, clipping: bool, increment: str, scale_dtype: torch.dtype
 ) -> dict[str, QuantizedLinear]:
@@ -34,9 +41,9 @@ def replace_linears(
     block.requires_grad_(False)
     replaced = {}
     for name in names:
-        linear = block.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        replaced[name] = QuantizedLinear(linear, grid, clipping=clipping, increment=increment, scale_dtype=scale_dtype)
+        replaced[name] = QuantizedLinear(
+            get_linear(block, name), grid, clipping=clipping, increment=increment, scale_dtype=scale_dtype
+        )
         block.set_submodule(name, replaced[name])
     return replaced
 
@@ -58,17 +65,10 @@ def trainable(linears: Mapping[str, QuantizedLinear]) -> Iterator[tuple[str, nn.
 def load_quantized(block: nn.Module, weights: Mapping[str, QuantizedWeight]) -> None:
     """Write W_hat into a plain block's linears, rounded to their dtype: what a loader of the checkpoint computes with."""
     for name, quantized in weights.items():
-        linear = block.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        linear.weight.copy_(quantized.dequantize())
+        get_linear(block, name).weight.copy_(quantized.dequantize())
 
 
 @torch.no_grad()
 def round_block(block: nn.Module, names: list[str], grid: Grid, scale_dtype: torch.dtype) -> dict[str, QuantizedWeight]:
     """Round-to-nearest of every named linear."""
-    weights = {}
-    for name in names:
-        linear = block.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        weights[name] = round_to_nearest(linear.weight, grid, scale_dtype)
-    return weights
+    return {name: round_to_nearest(get_linear(block, name).weight, grid, scale_dtype) for name in names}

@@ -37,7 +37,9 @@ class QuantizedLinear(nn.Module):
     weight: Float[Tensor, "out in"]
     bias: Float[Tensor, " out"] | None
 
-    def __init__(self, linear: nn.Linear, grid: Grid, *, clipping: bool, increment: str, scale_dtype: torch.dtype) -> None:
+    def __init__(
+        self, linear: nn.Linear, grid: Grid, *, clipping: bool, increment: str, scale_dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.grid = grid
         self.scale_dtype = scale_dtype

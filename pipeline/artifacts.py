@@ -101,7 +101,9 @@ class Writer:
         """Publish. The record carries a checksum of itself, so a torn one is recognised."""
         record = Record(self.artifact.key, self.files, meta)
         body = {"key": record.key, "files": {n: list(f) for n, f in self.files.items()}, "meta": meta}
-        self.store.put(f"{self.artifact.path}/{RECORD}", json.dumps({"body": body, "checksum": digest(body)}, indent=1).encode())
+        self.store.put(
+            f"{self.artifact.path}/{RECORD}", json.dumps({"body": body, "checksum": digest(body)}, indent=1).encode()
+        )
         return record
 
 

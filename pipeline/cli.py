@@ -32,7 +32,9 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key, e.g. --set scheme.bits=2. May be repeated."),
 ]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run directory: what storage.run named. Any fsspec URL.")]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run directory: what storage.run named. Any fsspec URL.")
+]
 
 
 def fail(message: str, code: int) -> NoReturn:
@@ -84,7 +86,9 @@ def quantize(config: ConfigArgument, overrides: SetOption = None) -> None:
 def merge(
     run: RunArgument,
     checkpoint: Annotated[str | None, typer.Option(help="Where to write; default: as the run's config says.")] = None,
-    option: Annotated[list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="fsspec option of the storage.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="fsspec option of the storage.")
+    ] = None,
 ) -> None:
     """Assemble the packed checkpoint of a run whose blocks are all done, in this process, without Ray."""
     from pipeline.identity import recorded_config
@@ -112,21 +116,23 @@ def run_command(load: Callable[[], Any], again: str, *, merge_only: bool) -> Non
     _quiet_libraries()
     from pipeline.progress import make_reporter
     from pipeline.report import publish_checkpoint, write_result
-    from pipeline.run import Stopped, inline_workers, prepare, ray_workers, run_to_goals
+    from pipeline.run import StoppedError, inline_workers, prepare, ray_workers, run_to_goals
     from pipeline.store import StorageFullError
 
     resume = f"To go on from what is committed: {again}"
     with make_reporter() as reporter, stop_on_signals(reporter.message) as should_stop:
         try:
             prepared = prepare(load(), reporter)
-            workers, restrict = (inline_workers, only_merge) if merge_only else (ray_workers, lambda graph, driver: None)
+            workers, restrict = (
+                (inline_workers, only_merge) if merge_only else (ray_workers, lambda graph, driver: None)
+            )
             finished = run_to_goals(prepared, reporter, workers, should_stop, restrict)
             publish_checkpoint(finished)
             result = write_result(finished)
         except UserError as error:
             reporter.__exit__()
             fail(str(error), REFUSED)
-        except Stopped as error:
+        except StoppedError as error:
             reporter.__exit__()
             fail(f"{error} {resume}", INTERRUPTED if error.interrupted else FAILED)
         except KeyboardInterrupt:
@@ -146,7 +152,9 @@ def only_merge(graph: Any, driver: Any) -> None:
     missing = [node for node in driver.needed(graph) if node.stage != "merge"]
     if missing:
         blocks = sorted({n.block for n in missing if n.stage == "optimize"})
-        raise UserError(f"{len(blocks)} blocks are not done ({blocks[0]} to {blocks[-1]}): run `lsi quantize` on this run first")
+        raise UserError(
+            f"{len(blocks)} blocks are not done ({blocks[0]} to {blocks[-1]}): run `lsi quantize` on this run first"
+        )
 
 
 def show_result(result: dict[str, Any]) -> None:
@@ -174,7 +182,9 @@ def show_result(result: dict[str, Any]) -> None:
 def status(
     run: RunArgument,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    option: Annotated[list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="fsspec option of the storage.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="fsspec option of the storage.")
+    ] = None,
 ) -> None:
     """What a run has committed and what is left; reads storage only, from anywhere."""
     _quiet_libraries()
@@ -208,8 +218,12 @@ def plan(
 
 @app.command("eval")
 def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="Any transformers checkpoint, quantized or not: a folder or a hub id.")],
-    text: Annotated[list[str], typer.Option("--text", help="Text file, table or data set (id:subset:split). May be repeated.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="Any transformers checkpoint, quantized or not: a folder or a hub id.")
+    ],
+    text: Annotated[
+        list[str], typer.Option("--text", help="Text file, table or data set (id:subset:split). May be repeated.")
+    ],
     windows: Annotated[int, typer.Option(min=1, help="Non-overlapping windows, from the text's start.")] = 16,
     length: Annotated[int, typer.Option(min=2, help="Tokens in each.")] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -19,18 +19,25 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """What is quantized."""
 
-    source: str = Field(description="local directory, hub id (org/name), any fsspec URL of a model folder, or a .gguf file")
+    source: str = Field(
+        description="local directory, hub id (org/name), any fsspec URL of a model folder, or a .gguf file"
+    )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="dtype of unquantized tensors and scales in the result; auto: as stored (a GGUF file: bfloat16)"
+        "auto",
+        description="dtype of unquantized tensors and scales in the result; auto: as stored (a GGUF file: bfloat16)",
     )
-    trust_remote_code: bool = Field(False, description="run code that comes with the model; off unless you trust its author")
+    trust_remote_code: bool = Field(
+        False, description="run code that comes with the model; off unless you trust its author"
+    )
 
 
 class DataConfig(Section):
     """Calibration text."""
 
-    source: str = Field(description="a text, .jsonl, .json or .parquet file (local or any fsspec URL), or a hub data set id")
+    source: str = Field(
+        description="a text, .jsonl, .json or .parquet file (local or any fsspec URL), or a hub data set id"
+    )
     subset: str | None = Field(None, description="the data set's configuration, such as wikitext-2-raw-v1")
     split: str = Field("train", description="the data set's split")
     column: str = Field("text", description="the column that holds the text")
@@ -43,7 +50,9 @@ class SchemeConfig(Section):
     """The integer grid of the result."""
 
     bits: int = Field(4, ge=2, le=8, description="2, 3, 4 or 8")
-    group_size: int | None = Field(128, ge=1, description="input channels that share a scale; null: one scale per output channel")
+    group_size: int | None = Field(
+        128, ge=1, description="input channels that share a scale; null: one scale per output channel"
+    )
     symmetric: bool = Field(False, description="zero point fixed in the middle of the grid")
     skip: list[str] = Field(default=["lm_head"], description="linears left alone: names, suffixes or fnmatch patterns")
 
@@ -67,7 +76,9 @@ class MethodConfig(Section):
 class OptimizerConfig(Section):
     """How it is learned: AdamW without weight decay, cosine schedule to zero over all epochs."""
 
-    epochs: int = Field(4, ge=0, description="passes over the calibration samples; 0: no training, plain round-to-nearest")
+    epochs: int = Field(
+        4, ge=0, description="passes over the calibration samples; 0: no training, plain round-to-nearest"
+    )
     batch_size: int = Field(2, ge=1, description="sequences a step")
     clipping_learning_rate: float = Field(1e-1, gt=0, description="for the clipping bounds, before their sigmoid")
     increment_learning_rate: float | None = Field(
@@ -83,13 +94,17 @@ class ScheduleConfig(Section):
         "parallel",
         description="sequential: on the finished blocks before it; parallel: on their state one epoch ago; wave: on their state in the same epoch",
     )
-    refresh_every: int = Field(1, ge=0, description="parallel and wave: renew the inputs every k-th epoch; 0: never (full-precision inputs)")
+    refresh_every: int = Field(
+        1, ge=0, description="parallel and wave: renew the inputs every k-th epoch; 0: never (full-precision inputs)"
+    )
 
 
 class ClusterConfig(Section):
     """Where it runs; changes nothing in the result."""
 
-    address: str | None = Field(None, description="a Ray cluster (host:port, auto, ray://…); null: start Ray on this machine")
+    address: str | None = Field(
+        None, description="a Ray cluster (host:port, auto, ray://…); null: start Ray on this machine"
+    )
     workers: int | None = Field(None, ge=1, description="actors; null: as many as the cluster's CPUs and GPUs allow")
     cpus_per_worker: float = Field(1, gt=0)
     gpus_per_worker: float = Field(0, ge=0)
@@ -110,7 +125,9 @@ class StorageConfig(Section):
     """Where activations, block artifacts and commit records live."""
 
     run: str = Field(description="the run directory: a local path or any fsspec URL")
-    options: dict[str, Any] = Field(default={}, description="fsspec options; prefer the environment for secrets. Never recorded")
+    options: dict[str, Any] = Field(
+        default={}, description="fsspec options; prefer the environment for secrets. Never recorded"
+    )
     chunk_samples: int = Field(8, ge=1, description="sequences in one activation object")
     cache_mib: int = Field(512, ge=0, description="activations that an actor keeps in memory")
     keep_activations: bool = Field(False, description="do not delete activations after their last reader")
@@ -127,9 +144,9 @@ class EvaluationConfig(Section):
     texts: dict[str, str] = Field(default={}, description="name: text file or hub data set")
     windows: int = Field(16, ge=1)
     length: int = Field(512, ge=2)
-    baselines: list[Literal["full_precision", "round_to_nearest"]] = Field(default=["full_precision", "round_to_nearest"])
-
-
+    baselines: list[Literal["full_precision", "round_to_nearest"]] = Field(
+        default=["full_precision", "round_to_nearest"]
+    )
 
 
 class RunConfig(Section):
@@ -137,15 +154,15 @@ class RunConfig(Section):
 
     model: ModelConfig
     data: DataConfig
-    scheme: SchemeConfig = SchemeConfig()  # type: ignore[call-arg]
-    method: MethodConfig = MethodConfig()  # type: ignore[call-arg]
-    optimizer: OptimizerConfig = OptimizerConfig()  # type: ignore[call-arg]
-    schedule: ScheduleConfig = ScheduleConfig()  # type: ignore[call-arg]
-    compute: ComputeConfig = ComputeConfig()  # type: ignore[call-arg]
-    cluster: ClusterConfig = ClusterConfig()  # type: ignore[call-arg]
+    scheme: SchemeConfig = SchemeConfig()
+    method: MethodConfig = MethodConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    compute: ComputeConfig = ComputeConfig()
+    cluster: ClusterConfig = ClusterConfig()
     storage: StorageConfig
-    outputs: OutputConfig = OutputConfig()  # type: ignore[call-arg]
-    evaluation: EvaluationConfig = EvaluationConfig()  # type: ignore[call-arg]
+    outputs: OutputConfig = OutputConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -214,7 +231,9 @@ def _explain(errors: list[Any], where: str) -> str:
         elif error["type"] == "missing":
             lines.append(f"{where}: {path} is required")
         elif error["type"] == "value_error":
-            lines.append(f"{where}: {path + ' = ' + repr(error['input']) + ': ' if path else ''}{error['ctx']['error']}")
+            lines.append(
+                f"{where}: {path + ' = ' + repr(error['input']) + ': ' if path else ''}{error['ctx']['error']}"
+            )
         else:
             lines.append(f"{where}: {path} = {error['input']!r}: {error['msg'][:1].lower()}{error['msg'][1:]}")
     return "\n".join(lines)

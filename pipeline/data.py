@@ -35,7 +35,9 @@ def read_text(source: str) -> str:
     except FileNotFoundError as error:
         raise UserError(f"{source}: no such text file") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{source}: not UTF-8 text ({error.reason} at byte {error.start}); for tables use .jsonl or .parquet") from error
+        raise UserError(
+            f"{source}: not UTF-8 text ({error.reason} at byte {error.start}); for tables use .jsonl or .parquet"
+        ) from error
     except OSError as error:
         raise UserError(f"{source}: cannot be read: {error}") from error
 
@@ -55,7 +57,9 @@ def iter_documents(data: DataConfig) -> Iterator[str]:
     except UserError:
         raise
     except Exception as error:  # `datasets` raises whatever its readers raise
-        raise UserError(f"data.source {data.source}: neither a readable file nor a data set that can be reached: {type(error).__name__}: {error}") from error
+        raise UserError(
+            f"data.source {data.source}: neither a readable file nor a data set that can be reached: {type(error).__name__}: {error}"
+        ) from error
 
 
 def tokenize_all(tokenizer: PreTrainedTokenizerBase, text: str) -> Int[Tensor, " tokens"]:
@@ -98,4 +102,3 @@ def evaluation_tokens(tokenizer: PreTrainedTokenizerBase, source: str, enough: i
         return corpus_tokens(tokenizer, DataConfig(source=source), enough)
     name, subset, split = [*source.split(":"), None, None][:3]
     return corpus_tokens(tokenizer, DataConfig(source=str(name), subset=subset, split=split or "test"), enough)
-

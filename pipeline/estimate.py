@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lsi.block import linear_names
+from lsi.block import get_linear, linear_names
 from lsi.grid import Grid
 from pipeline.artifacts import Artifact
 from pipeline.config import RunConfig
@@ -42,7 +42,7 @@ def trained_elements(config: RunConfig, skeleton: Skeleton) -> int:
     block = skeleton.blocks[0]
     total = 0
     for name in linear_names(block, skeleton.block_prefix(0), config.scheme.skip):
-        out, width = block.get_submodule(name).weight.shape  # type: ignore[union-attr,misc]
+        out, width = get_linear(block, name).weight.shape
         total += {"none": 0, "diagonal": min(out, width), "dense": out * width}[config.method.increment]
         total += 2 * out * grid.groups(width) if config.method.clipping == "learned" else 0
     return total
@@ -62,7 +62,7 @@ def estimate(config: RunConfig) -> dict[str, Any]:
             config=config,
             blocks=blocks,
             tokens=placeholder,
-            texts={name: placeholder for name in config.evaluation.texts},
+            texts=dict.fromkeys(config.evaluation.texts, placeholder),
             block_digests=[""] * blocks,
             outer_digest="",
             model_config_digest="",
@@ -96,7 +96,7 @@ def _codes(skeleton: Skeleton, config: RunConfig) -> list[tuple[str, int]]:
     """Bytes of each linear's result: a byte a code (scales and zero points are small beside them)."""
     block = skeleton.blocks[0]
     names = linear_names(block, skeleton.block_prefix(0), config.scheme.skip)
-    return [(name, block.get_submodule(name).weight.numel()) for name in names]  # type: ignore[union-attr,operator]
+    return [(name, get_linear(block, name).weight.numel()) for name in names]
 
 
 def human_bytes(value: float) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.data import evaluation_tokens
@@ -19,20 +20,31 @@ def load(checkpoint: str, device: str) -> tuple[PreTrainedModel, PreTrainedToken
     if checkpoint.startswith((".", "/")) and not (Path(checkpoint) / "config.json").exists():
         raise UserError(f"{checkpoint}: no transformers checkpoint there (no config.json)")
     try:
-        return AutoModelForCausalLM.from_pretrained(checkpoint).to(device).eval(), AutoTokenizer.from_pretrained(checkpoint)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint)
+        model.to(device)  # type: ignore[arg-type]
+        return model.eval(), AutoTokenizer.from_pretrained(checkpoint)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{checkpoint}: transformers cannot load it: {str(error).splitlines()[0]}") from error
 
 
-def evaluate_checkpoint(checkpoint: str, texts: list[str], windows: int, length: int, device: str, *, show: bool) -> dict[str, float]:
+def _advance(progress: Progress, bar: TaskID, done: int) -> None:
+    progress.update(bar, completed=done)
+
+
+def evaluate_checkpoint(
+    checkpoint: str, texts: list[str], windows: int, length: int, device: str, *, show: bool
+) -> dict[str, float]:
     """Perplexity by text, in the checkpoint's own dtype. The texts are checked before the model is loaded in full."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")
     model, tokenizer = load(checkpoint, device)
-    cut = {text: take_windows(evaluation_tokens(tokenizer, text, windows * length), windows, length, text) for text in texts}
+    cut = {
+        text: take_windows(evaluation_tokens(tokenizer, text, windows * length), windows, length, text)
+        for text in texts
+    }
     found = {}
     with Progress(console=Console(stderr=True), disable=not show) as progress:
         for text, tokens in cut.items():
             bar = progress.add_task(text, total=windows)
-            found[text] = model_perplexity(model, tokens, lambda done, bar=bar: progress.update(bar, completed=done))
+            found[text] = model_perplexity(model, tokens, partial(_advance, progress, bar))
     return found

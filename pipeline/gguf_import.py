@@ -60,7 +60,9 @@ def iter_tensors(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> It
     names = get_gguf_hf_weights_map(empty_model(config), processor)
     for tensor in reader.tensors:
         weights = dequantize(tensor.data, tensor.tensor_type)
-        result = processor.process(weights=weights, name=tensor.name, tensor_key_mapping=names, parsed_parameters={"tensors": {}})
+        result = processor.process(
+            weights=weights, name=tensor.name, tensor_key_mapping=names, parsed_parameters={"tensors": {}}
+        )
         if result.name in names:
             yield names[result.name], torch.from_numpy(np.array(result.weights)).to(dtype)
 
@@ -87,7 +89,9 @@ def import_gguf(
             target.put(file.name, file.read_bytes())
 
 
-def _write_shards(tensors: Iterator[tuple[str, Tensor]], target: Store, limit: int, progress: Callable[[str], None]) -> None:
+def _write_shards(
+    tensors: Iterator[tuple[str, Tensor]], target: Store, limit: int, progress: Callable[[str], None]
+) -> None:
     weight_map: dict[str, str] = {}
     shard: dict[str, Tensor] = {}
     count = 0

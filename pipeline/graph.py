@@ -169,7 +169,9 @@ class Builder:
     def _embed(self) -> None:
         self.hidden.append([])
         for chunk, (start, stop) in enumerate(self.ranges):
-            key = self.key("embed", tokens=self.inputs.tokens.key, range=[start, stop], weights=self.inputs.outer_digest)
+            key = self.key(
+                "embed", tokens=self.inputs.tokens.key, range=[start, stop], weights=self.inputs.outer_digest
+            )
             out = Artifact("hidden", f"boundary-000-chunk-{chunk:05d}", key)
             self.hidden[0].append(out)
             task = EmbedTask(self.inputs.tokens, start, stop, out)
@@ -251,7 +253,12 @@ class Builder:
             scheme = self.config.scheme.model_dump(mode="json") if variant == "round_to_nearest" else None
             for name, text in self.inputs.texts.items():
                 key = self.key(
-                    "evaluate", variant=variant, text=text.key, weights=weights, scheme=scheme, results=[a.key for a in results]
+                    "evaluate",
+                    variant=variant,
+                    text=text.key,
+                    weights=weights,
+                    scheme=scheme,
+                    results=[a.key for a in results],
                 )
                 out = Artifact("evaluation", f"{variant}-{name}", key)
                 task = EvaluateTask(variant, text, results, out)

@@ -39,7 +39,8 @@ def run_identity(config: RunConfig, autocast: torch.dtype | None) -> dict[str, A
     return {
         "recipe": config.recipe(),
         "resolved": {"autocast": str(autocast) if autocast else None},
-        "versions": {name: package_version(name) for name in ("torch", "transformers", "compressed-tensors")} | {"algorithm": ALGORITHM},
+        "versions": {name: package_version(name) for name in ("torch", "transformers", "compressed-tensors")}
+        | {"algorithm": ALGORITHM},
     }
 
 
@@ -53,7 +54,9 @@ def claim(store: Store, config: RunConfig, autocast: torch.dtype | None) -> None
         _record(store, config, identity)
         return
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{store.describe(RUN_FILE)}: damaged ({error}); choose another storage.run, or delete this file if its config is this one") from error
+        raise UserError(
+            f"{store.describe(RUN_FILE)}: damaged ({error}); choose another storage.run, or delete this file if its config is this one"
+        ) from error
     differing = differing_keys(json.loads(json.dumps(identity)), theirs)
     if differing:
         raise UserError(
@@ -74,7 +77,9 @@ def recorded_config(store: Store, options: dict[str, Any]) -> RunConfig:
     try:
         tree = json.loads(store.get(RUN_FILE))["config"]
     except FileNotFoundError as error:
-        raise UserError(f"{store.url}: no run here (no {RUN_FILE}); give the directory that storage.run names") from error
+        raise UserError(
+            f"{store.url}: no run here (no {RUN_FILE}); give the directory that storage.run names"
+        ) from error
     except (ValueError, KeyError) as error:
         raise UserError(f"{store.describe(RUN_FILE)}: damaged: {error}") from error
     tree["storage"]["options"] = options

@@ -148,7 +148,9 @@ def withdraw(checkpoint: Store) -> None:
     checkpoint.delete(CONFIG_FILE)
 
 
-def published_config(source: ModelSource, config: RunConfig, linears: Mapping[str, int], skeleton: Skeleton, dtype: torch.dtype) -> bytes:
+def published_config(
+    source: ModelSource, config: RunConfig, linears: Mapping[str, int], skeleton: Skeleton, dtype: torch.dtype
+) -> bytes:
     """The model's own configuration with the quantization's description."""
     raw = json.loads(source.side_files["config.json"])
     others = [

@@ -56,7 +56,9 @@ class ModelSource:
         try:
             return read_tensor(self.store, shard, entry)
         except (FileNotFoundError, EOFError) as error:
-            raise UserError(f"{self.store.describe(shard)}: the shard vanished or shrank while it was read: {error}") from error
+            raise UserError(
+                f"{self.store.describe(shard)}: the shard vanished or shrank while it was read: {error}"
+            ) from error
 
     def fingerprint(self) -> str:
         """Changes when any shard or the configuration is replaced; found without reading weights."""
@@ -104,7 +106,9 @@ def locate(model: ModelConfig, options: dict[str, Any]) -> Store:
         return open_store(source)
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
         return open_store(hub_url(source, model.revision))
-    raise UserError(f"model.source {source}: there is no such folder; give a local folder, a hub id (org/name), an fsspec URL or a .gguf file")
+    raise UserError(
+        f"model.source {source}: there is no such folder; give a local folder, a hub id (org/name), an fsspec URL or a .gguf file"
+    )
 
 
 def read_side_files(store: Store) -> dict[str, bytes]:
@@ -118,7 +122,9 @@ def read_side_files(store: Store) -> dict[str, bytes]:
         except OSError as error:
             raise UserError(f"{store.describe(name)}: cannot be read: {error}") from error
     if "config.json" not in files:
-        raise UserError(f"{store.url}: there is no config.json, so this is no transformers model folder (or it cannot be reached)")
+        raise UserError(
+            f"{store.url}: there is no config.json, so this is no transformers model folder (or it cannot be reached)"
+        )
     return files
 
 
@@ -160,7 +166,9 @@ def _header(store: Store, shard: str) -> dict[str, TensorEntry]:
     try:
         return read_header(store, shard)
     except FileNotFoundError as error:
-        raise UserError(f"{store.describe(shard)}: this shard is missing; download the model again or restore the file's name") from error
+        raise UserError(
+            f"{store.describe(shard)}: this shard is missing; download the model again or restore the file's name"
+        ) from error
     except (TensorFileError, EOFError) as error:
         raise UserError(f"{error}; download the shard again") from error
 
@@ -178,8 +186,14 @@ def read_index(store: Store) -> dict[str, tuple[str, TensorEntry]]:
         claimed = {name for name, where in weight_map.items() if where == shard}
         if claimed != set(entries):
             odd = sorted(claimed ^ set(entries))[0]
-            side = "the index names it, the shard does not hold it" if odd in claimed else "the shard holds it, the index does not name it"
-            raise UserError(f"{store.describe(shard)}: index and shard disagree on {odd}: {side}; download the model again")
+            side = (
+                "the index names it, the shard does not hold it"
+                if odd in claimed
+                else "the shard holds it, the index does not name it"
+            )
+            raise UserError(
+                f"{store.describe(shard)}: index and shard disagree on {odd}: {side}; download the model again"
+            )
         index |= {name: (shard, entry) for name, entry in entries.items()}
     return index
 

@@ -140,7 +140,9 @@ class TrainTask:
         record = read_record(worker.store, self.previous)
         assert record is not None
         trained = begin(worker, self.block)
-        trained.reconstruction.import_state({k.removeprefix("state/"): t for k, t in tensors.items() if k.startswith("state/")})
+        trained.reconstruction.import_state(
+            {k.removeprefix("state/"): t for k, t in tensors.items() if k.startswith("state/")}
+        )
         return trained, Best.unpack(record.meta["best"], tensors), record.meta["history"]
 
     def _train(self, worker: Worker, reconstruction: Reconstruction) -> float:
@@ -154,7 +156,9 @@ class TrainTask:
             for start in range(0, len(samples), config.optimizer.batch_size):
                 batch = samples[start : start + config.optimizer.batch_size]
                 arguments = worker.arguments(self.block, inputs.shape[1])
-                losses.append(reconstruction.step(inputs[batch].to(worker.device), targets[batch].to(worker.device), arguments))
+                losses.append(
+                    reconstruction.step(inputs[batch].to(worker.device), targets[batch].to(worker.device), arguments)
+                )
         return sum(losses) / len(losses)
 
     def _chunk(self, worker: Worker, chunk: int, following: list[int]) -> tuple[Tensor, Tensor]:
@@ -185,7 +189,9 @@ class TrainTask:
             inputs, targets = self._chunk(worker, chunk, [n for n in (chunk + 1,) if n < len(self.inputs)])
             yield chunk, inputs.to(worker.device), targets.to(worker.device)
 
-    def _hand_on(self, worker: Worker, trained: Trained, best: Best | None, history: list[dict[str, Any]]) -> dict[str, Any]:
+    def _hand_on(
+        self, worker: Worker, trained: Trained, best: Best | None, history: list[dict[str, Any]]
+    ) -> dict[str, Any]:
         assert self.state is not None
         tensors = {f"state/{name}": tensor.cpu() for name, tensor in trained.reconstruction.export_state().items()}
         meta = {"history": history, "best": best.meta() if best else None}
@@ -226,7 +232,9 @@ class RoundTask:
         writer = Writer(worker.store, self.quantized)
         writer.write_tensors(WEIGHTS_FILE, pack_weights(weights))
         entry = stamp(worker.name, started)
-        writer.commit({"block": self.block, "status": "ok", "kept": "round_to_nearest", "loss": None, "history": [entry]})
+        writer.commit(
+            {"block": self.block, "status": "ok", "kept": "round_to_nearest", "loss": None, "history": [entry]}
+        )
         return {}
 
 

@@ -24,7 +24,9 @@ def take_windows(tokens: Int[Tensor, " tokens"], windows: int, length: int, name
     return tokens[:need].view(windows, length)
 
 
-def negative_log_likelihood(logits: Float[Tensor, "batch length vocabulary"], tokens: Int[Tensor, "batch length"]) -> float:
+def negative_log_likelihood(
+    logits: Float[Tensor, "batch length vocabulary"], tokens: Int[Tensor, "batch length"]
+) -> float:
     """Sum over all predicted tokens (all but each window's first), in nats."""
     flat = logits[:, :-1].float().flatten(0, 1)
     return float(functional.cross_entropy(flat, tokens[:, 1:].flatten().long(), reduction="sum").double())

@@ -8,12 +8,26 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from cluster.scheduler import Assign, Event, Instruction, UnitFailed, WorkerJoined, WorkerLost
 from pipeline.graph import Node
 
-STAGES = {"inspect": "read weights", "capture": "capture", "optimize": "optimize", "evaluate": "evaluate", "merge": "merge"}
+STAGES = {
+    "inspect": "read weights",
+    "capture": "capture",
+    "optimize": "optimize",
+    "evaluate": "evaluate",
+    "merge": "merge",
+}
 
 
 class TerminalReporter:

@@ -75,7 +75,11 @@ LABELS = {"full_precision": "full precision", "round_to_nearest": "round-to-near
 def perplexity_rows(table: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the perplexity table."""
     texts = list(next(iter(table.values()), {}))
-    rows = [[LABELS[v], *(f"{table[v][t]:.2f}" if table[v][t] < 1e5 else f"{table[v][t]:.3g}" for t in texts)] for v in LABELS if v in table]
+    rows = [
+        [LABELS[v], *(f"{table[v][t]:.2f}" if table[v][t] < 1e5 else f"{table[v][t]:.3g}" for t in texts)]
+        for v in LABELS
+        if v in table
+    ]
     return ["", *texts], rows
 
 
@@ -112,7 +116,10 @@ def model_card(prepared: Prepared, table: dict[str, dict[str, float]], blocks: l
         lines += ["", f"Perplexity, {evaluation.windows} windows of {evaluation.length} tokens (lower is better):", ""]
         lines += [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]]
     if odd := flagged(blocks):
-        lines += ["", f"**Blocks {', '.join(map(str, odd))} met non-finite losses in training and keep their best finite state.**"]
+        lines += [
+            "",
+            f"**Blocks {', '.join(map(str, odd))} met non-finite losses in training and keep their best finite state.**",
+        ]
     return "\n".join([*lines, ""])
 
 
@@ -127,7 +134,9 @@ def publish_checkpoint(finished: Finished) -> None:
         "identity": recipe_of(prepared),
         "perplexity": table,
         "blocks": [without_times(block) for block in blocks],
-        "files": {record.meta["file"]: {"size": record.meta["size"], "sha256": record.meta["sha256"]} for record in shards},
+        "files": {
+            record.meta["file"]: {"size": record.meta["size"], "sha256": record.meta["sha256"]} for record in shards
+        },
     }
     extra = {
         "README.md": model_card(prepared, table, blocks).encode(),

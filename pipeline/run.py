@@ -27,8 +27,8 @@ from pipeline.artifacts import Artifact, CorruptArtifactError, Writer, committed
 from pipeline.config import RunConfig
 from pipeline.data import calibration_tokens, evaluation_tokens
 from pipeline.errors import UserError
-from pipeline.graph import TRANSIENT, Graph, Inputs, Node, build_graph
 from pipeline.gguf_import import import_gguf
+from pipeline.graph import TRANSIENT, Graph, Inputs, Node, build_graph
 from pipeline.identity import autocast_dtype, claim, claim_model
 from pipeline.merge import checkpoint_layout, plan_shards, quantized_linears, shard_file, shard_intact, withdraw
 from pipeline.model_source import ModelSource, locate, open_model
@@ -59,7 +59,7 @@ class Reporter(Protocol):
         """Anything of the cluster."""
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """The run ended before its goals, resumable. `interrupted`: on request."""
 
     def __init__(self, reason: str, *, interrupted: bool) -> None:
@@ -155,7 +155,9 @@ def intact(store: Store, artifact: Artifact, report: Reporter | None = None) -> 
 def prepare(config: RunConfig, report: Reporter) -> Prepared:
     """Check everything that can be checked without work, and store the tokens."""
     if config.compute.device == "cuda" and config.cluster.address is None and not torch.cuda.is_available():
-        raise UserError("compute.device is cuda, but this machine has no CUDA device; set compute.device to cpu or give cluster.address")
+        raise UserError(
+            "compute.device is cuda, but this machine has no CUDA device; set compute.device to cpu or give cluster.address"
+        )
     store = open_store(config.storage.run, config.storage.options)
     store.check_writable()
     autocast = autocast_dtype(config.compute)
@@ -172,7 +174,9 @@ def prepare(config: RunConfig, report: Reporter) -> Prepared:
     evaluation = config.evaluation
     for name, text in evaluation.texts.items():
         found = evaluation_tokens(tokenizer, text, evaluation.windows * evaluation.length)
-        texts[name] = commit_tokens(store, f"text-{name}", take_windows(found, evaluation.windows, evaluation.length, text))
+        texts[name] = commit_tokens(
+            store, f"text-{name}", take_windows(found, evaluation.windows, evaluation.length, text)
+        )
     context = Context(config, source.store.url, checkpoint.url, dtype, autocast, model_options)
     resolved = {"dtype": str(dtype), "autocast": str(autocast) if autocast else None}
     return Prepared(config, store, checkpoint, source, skeleton, context, tokens, texts, resolved)
@@ -209,7 +213,9 @@ Workers = Callable[[RunConfig, Context, Reporter], Any]
 class Driver:
     """Runs a prepared run's units on a group, again and again until nothing is needed."""
 
-    def __init__(self, prepared: Prepared, group: WorkerGroup, report: Reporter, should_stop: Callable[[], bool]) -> None:
+    def __init__(
+        self, prepared: Prepared, group: WorkerGroup, report: Reporter, should_stop: Callable[[], bool]
+    ) -> None:
         self.prepared = prepared
         self.store = prepared.store
         self.group = group
@@ -228,7 +234,8 @@ class Driver:
             key = digest({"kind": "inspect", "fingerprint": fingerprint, "names": names})
             artifacts[part] = Artifact("inspect", "outer" if part is None else f"block-{part:03d}", key)
         nodes = [
-            Node(f"inspect/{a.name}", "inspect", -1, InspectTask(part, a), (), (a,), ()) for part, a in artifacts.items()
+            Node(f"inspect/{a.name}", "inspect", -1, InspectTask(part, a), (), (a,), ())
+            for part, a in artifacts.items()
         ]
         graph = Graph(nodes, list(artifacts.values()))
         self.complete(graph)
@@ -239,7 +246,7 @@ class Driver:
         return [digests[block] for block in range(len(self.prepared.skeleton))], digests[None]
 
     def complete(self, graph: Graph) -> int:
-        """Run what is needed until the goals are committed. Returns how many units were there already. Raises Stopped."""
+        """Run what is needed until the goals are committed. Returns how many units were there already. Raises StoppedError."""
         first: int | None = None
         while True:
             needed = self.needed(graph)
@@ -252,7 +259,7 @@ class Driver:
             if outcome.status == "replan":
                 self.report.message(f"damaged, will be redone: {outcome.reason}")
             elif outcome.status != "done":
-                raise Stopped(outcome.reason, interrupted=outcome.status == "interrupted")
+                raise StoppedError(outcome.reason, interrupted=outcome.status == "interrupted")
 
     def _begin(self, graph: Graph, needed: list[Node]) -> None:
         left = {node.name for node in needed}
@@ -296,7 +303,9 @@ class Driver:
 
         units: list[Unit] = graph.units(needed)
         config = self.prepared.config.cluster
-        return run_units(self.group, units, max_attempts=config.max_attempts, on_event=on_event, should_stop=self.should_stop)
+        return run_units(
+            self.group, units, max_attempts=config.max_attempts, on_event=on_event, should_stop=self.should_stop
+        )
 
     def _note(self, result: dict[str, Any]) -> None:
         self.units_run += 1
@@ -385,7 +394,7 @@ def run_to_goals(
     should_stop: Callable[[], bool] = lambda: False,
     restrict: Callable[[Graph, Driver], None] = lambda graph, driver: None,
 ) -> Finished:
-    """Run every unit that is needed. Raises UserError or Stopped; what was committed stays."""
+    """Run every unit that is needed. Raises UserError or StoppedError; what was committed stays."""
     began = time.monotonic()
     with workers(prepared.config, prepared.context, report) as group:
         started = time.monotonic()
@@ -403,5 +412,3 @@ def run_to_goals(
         "units": time.monotonic() - inspected,
     }
     return Finished(prepared, graph, seconds, driver.peaks, driver.units_run, before)
-
-

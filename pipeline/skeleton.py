@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from lsi.block import get_linear
 from pipeline.errors import UserError
 from pipeline.model_source import ModelSource
 
@@ -29,7 +30,9 @@ def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
         try:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         except (ValueError, KeyError) as error:
-            raise UserError(f"architecture {config.model_type!r} is no causal language model that transformers knows: {error}") from error
+            raise UserError(
+                f"architecture {config.model_type!r} is no causal language model that transformers knows: {error}"
+            ) from error
     model.tie_weights()
     return model.eval()
 
@@ -44,7 +47,9 @@ def block_list_name(model: nn.Module) -> str:
     depth = getattr(model.config, "num_hidden_layers", None)
     fitting = [name for name, module in lists.items() if len(module) == depth]
     if not fitting:
-        raise UserError(f"{type(model).__name__}: found no list of {depth} decoder blocks; this architecture is not supported")
+        raise UserError(
+            f"{type(model).__name__}: found no list of {depth} decoder blocks; this architecture is not supported"
+        )
     return min(fitting, key=lambda name: name.count("."))
 
 
@@ -91,7 +96,9 @@ def stored_name(name: str, source: ModelSource, model: PreTrainedModel) -> str:
     for candidate in candidates:
         if candidate in source.index:
             return candidate
-    raise UserError(f"{source.store.url}: no shard holds {name}, which {type(model).__name__} needs; is a shard missing from the index?")
+    raise UserError(
+        f"{source.store.url}: no shard holds {name}, which {type(model).__name__} needs; is a shard missing from the index?"
+    )
 
 
 def _fill(module: nn.Module, prefix: str, source: ModelSource, model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -113,7 +120,9 @@ def _fill(module: nn.Module, prefix: str, source: ModelSource, model: PreTrained
             owner._buffers[leaf] = tensor
 
 
-def load_block(skeleton: Skeleton, source: ModelSource, index: int, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
+def load_block(
+    skeleton: Skeleton, source: ModelSource, index: int, dtype: torch.dtype, device: str = "cpu"
+) -> nn.Module:
     """Block `index` with its weights, a module of its own."""
     block = copy.deepcopy(skeleton.blocks[index])
     _fill(block, skeleton.block_prefix(index), source, skeleton.model, dtype)
@@ -138,7 +147,9 @@ class _StandIn(nn.Module):
         if args:
             raise UserError(f"blocks of this architecture take positional arguments ({len(args)}); it is not supported")
         self.seen = hidden
-        self.arguments = {k: v for k, v in kwargs.items() if k not in ("past_key_values", "past_key_value", "use_cache")}
+        self.arguments = {
+            k: v for k, v in kwargs.items() if k not in ("past_key_values", "past_key_value", "use_cache")
+        }
         given = self.hand_in()
         result = hidden if given is None else given
         return (result,) if self.returns_tuple else result
@@ -163,12 +174,13 @@ class Surroundings:
     @torch.no_grad()
     def arguments(self, sequence_length: int) -> list[Arguments]:
         """What each block is called with besides the hidden states, for any batch of whole sequences of this length."""
-        device = self.model.get_input_embeddings().weight.device
-        self._call(torch.zeros(1, sequence_length, dtype=torch.long, device=device), None)
+        self._call(torch.zeros(1, sequence_length, dtype=torch.long, device=self.model.device), None)
         return [stand_in.arguments for stand_in in self.stand_ins]
 
     @torch.no_grad()
-    def logits(self, tokens: Int[Tensor, "batch sequence"], hidden: Tensor) -> Float[Tensor, "batch sequence vocabulary"]:
+    def logits(
+        self, tokens: Int[Tensor, "batch sequence"], hidden: Tensor
+    ) -> Float[Tensor, "batch sequence vocabulary"]:
         """The logits of hidden states that leave the last block."""
         return self._call(tokens, hidden)
 
@@ -202,7 +214,7 @@ def load_surroundings(skeleton: Skeleton, source: ModelSource, dtype: torch.dtyp
     _fill(model, "", source, skeleton.model, dtype)
     # A tied head is the same tensor as the embedding; filling replaced one of the two.
     model.tie_weights()
-    model = model.to(device)
+    model.to(device)  # type: ignore[arg-type]
     surroundings = Surroundings(model, stand_ins, handed_in)
     surroundings.arguments(2)
     tuples = _returns_tuple(skeleton, lambda: stand_ins[0].arguments)
@@ -215,7 +227,7 @@ def check_groups(skeleton: Skeleton, names: list[str], group_size: int | None) -
     """Refuse a group size that does not divide some linear's inputs, naming the linears and the sizes that would do."""
     if group_size is None:
         return
-    widths = {name: _in_features(skeleton.blocks[0].get_submodule(name)) for name in names}
+    widths = {name: get_linear(skeleton.blocks[0], name).in_features for name in names}
     wrong = {name: width for name, width in widths.items() if width % group_size}
     if wrong:
         listed = ", ".join(f"{name} ({width})" for name, width in wrong.items())
@@ -224,8 +236,3 @@ def check_groups(skeleton: Skeleton, names: list[str], group_size: int | None) -
             f"scheme.group_size {group_size} does not divide the input channels of {listed}; "
             f"sizes that would do: {', '.join(map(str, fits)) or 'none of the usual ones'}, or null for one scale per output channel"
         )
-
-
-def _in_features(module: nn.Module) -> int:
-    assert isinstance(module, nn.Linear)
-    return module.in_features

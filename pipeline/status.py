@@ -30,7 +30,13 @@ def load_plan(store: Store) -> Graph | None:
         raise UserError(f"{store.describe(PLAN_FILE)}: damaged; `lsi quantize` writes it anew") from error
     nodes = [
         Node(
-            n["name"], n["stage"], -1, _no_task, tuple(map(artifact_of, n["reads"])), tuple(map(artifact_of, n["makes"])), ()
+            n["name"],
+            n["stage"],
+            -1,
+            _no_task,
+            tuple(map(artifact_of, n["reads"])),
+            tuple(map(artifact_of, n["makes"])),
+            (),
         )
         for n in plan["nodes"]
     ]
@@ -55,7 +61,9 @@ def read_status(store: Store) -> dict[str, Any]:
         for stage in ("capture", "optimize", "evaluate", "merge")
         if (total := sum(n.stage == stage for n in graph.nodes))
     }
-    blocks = [block_status(store, a) for n in graph.nodes for a in n.makes if a.kind == "quantized" and a.path in listed]
+    blocks = [
+        block_status(store, a) for n in graph.nodes for a in n.makes if a.kind == "quantized" and a.path in listed
+    ]
     state = "finished" if not left and store.exists("result.json") else "unfinished"
     return {
         "run": store.url,
@@ -80,7 +88,10 @@ def status_lines(found: dict[str, Any]) -> list[str]:
     lines = [f"{found['run']}: {found['state']}"]
     for stage, counts in found["stages"].items():
         done = counts["total"] - counts["left"]
-        lines.append(f"  {stage:<10} {done:>5} of {counts['total']} done" + (f", {counts['left']} left" if counts["left"] else ""))
+        lines.append(
+            f"  {stage:<10} {done:>5} of {counts['total']} done"
+            + (f", {counts['left']} left" if counts["left"] else "")
+        )
     for block in found["blocks"]:
         loss = "" if block["loss"] is None else f"  loss {block['loss']:.4e}"
         odd = "" if block["status"] == "ok" else f"  {block['status'].upper()}"

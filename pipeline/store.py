@@ -39,7 +39,9 @@ class Store:
         try:
             self.fs, self.root = url_to_fs(self.url, **self.options)
         except ImportError as error:
-            raise UserError(f"{self.url}: this kind of storage needs a package that is not installed: {error}") from error
+            raise UserError(
+                f"{self.url}: this kind of storage needs a package that is not installed: {error}"
+            ) from error
         except ValueError as error:
             raise UserError(f"{self.url}: not a storage address that fsspec knows ({error})") from error
         self.root = self.root.rstrip("/")
@@ -71,7 +73,9 @@ class Store:
         """Bytes start … end − 1. Raises FileNotFoundError, and EOFError if the object is shorter."""
         data = self.fs.cat_file(self.path(key), start=start, end=end)
         if len(data) != end - start:
-            raise EOFError(f"{self.describe(key)}: bytes {start} to {end} asked for, the object ends at {start + len(data)}")
+            raise EOFError(
+                f"{self.describe(key)}: bytes {start} to {end} asked for, the object ends at {start + len(data)}"
+            )
         return data
 
     def put(self, key: str, data: Buffer | Iterable[Buffer]) -> None:
@@ -110,7 +114,9 @@ class Store:
     def stamp(self, key: str) -> str:
         """Changes whenever the object is replaced: size with ETag or modification time."""
         info = self.fs.info(self.path(key))
-        mark = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified") or info.get("created")
+        mark = (
+            info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified") or info.get("created")
+        )
         return f"{info['size']}:{mark}"
 
     def list(self, prefix: str = "") -> dict[str, int]:
@@ -145,9 +151,13 @@ class Store:
                 raise OSError("what was written could not be read back")
             self.delete(probe)
         except StorageFullError as error:
-            raise UserError(f"{self.url}: no space left on the device; free some and run the same command again") from error
+            raise UserError(
+                f"{self.url}: no space left on the device; free some and run the same command again"
+            ) from error
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.url}: cannot write there ({error}); choose another storage.run or change its permissions") from error
+            raise UserError(
+                f"{self.url}: cannot write there ({error}); choose another storage.run or change its permissions"
+            ) from error
 
 
 def iter_pieces(data: memoryview, size: int = 1 << 24) -> Iterator[memoryview]:
@@ -159,4 +169,3 @@ def iter_pieces(data: memoryview, size: int = 1 << 24) -> Iterator[memoryview]:
 def open_store(url: str, options: dict[str, Any] | None = None) -> Store:
     """A store at any fsspec URL or plain local path."""
     return Store(url, options or {})
-

@@ -50,7 +50,7 @@ class TensorEntry:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The raw bytes of a contiguous CPU tensor, not copied."""
     flat = tensor.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -66,7 +66,9 @@ def layout_bytes(layout: Layout) -> int:
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
 
 
-def write_lazily(layout: Layout, produce: Callable[[str], Tensor], metadata: dict[str, str] | None = None) -> Iterator[memoryview]:
+def write_lazily(
+    layout: Layout, produce: Callable[[str], Tensor], metadata: dict[str, str] | None = None
+) -> Iterator[memoryview]:
     """A safetensors file in pieces: header, then one tensor after another, asked for when its turn comes.
 
     Raises TensorFileError if a produced tensor is not what the layout promised.
@@ -84,7 +86,9 @@ def write_lazily(layout: Layout, produce: Callable[[str], Tensor], metadata: dic
     for name in file_order(layout):
         tensor = produce(name)
         if (tensor.dtype, tuple(tensor.shape)) != layout[name]:
-            raise TensorFileError(f"{name} is {tensor.dtype} {list(tensor.shape)}, expected {layout[name][0]} {list(layout[name][1])}")
+            raise TensorFileError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)}, expected {layout[name][0]} {list(layout[name][1])}"
+            )
         yield tensor_bytes(tensor)
 
 
@@ -100,7 +104,9 @@ def parse_header(text: bytes) -> dict[str, TensorEntry]:
         raw = json.loads(text)
         base = 8 + len(text)
         return {
-            name: TensorEntry(_DTYPES[e["dtype"]], tuple(e["shape"]), base + e["data_offsets"][0], base + e["data_offsets"][1])
+            name: TensorEntry(
+                _DTYPES[e["dtype"]], tuple(e["shape"]), base + e["data_offsets"][0], base + e["data_offsets"][1]
+            )
             for name, e in raw.items()
             if name != "__metadata__"
         }
@@ -115,11 +121,15 @@ def read_header(store: Store, key: str) -> dict[str, TensorEntry]:
         raise TensorFileError(f"{store.describe(key)}: {size} bytes are no safetensors file")
     (length,) = struct.unpack("<Q", store.read_range(key, 0, 8))
     if length > min(size - 8, _MAX_HEADER):
-        raise TensorFileError(f"{store.describe(key)}: the header claims {length} bytes, the file has {size}: it is truncated or not safetensors")
+        raise TensorFileError(
+            f"{store.describe(key)}: the header claims {length} bytes, the file has {size}: it is truncated or not safetensors"
+        )
     entries = parse_header(store.read_range(key, 8, 8 + length))
     promised = max((entry.end for entry in entries.values()), default=8 + length)
     if promised != size:
-        raise TensorFileError(f"{store.describe(key)}: the header describes {promised} bytes, the file has {size}: it is truncated or damaged")
+        raise TensorFileError(
+            f"{store.describe(key)}: the header describes {promised} bytes, the file has {size}: it is truncated or damaged"
+        )
     return entries
 
 

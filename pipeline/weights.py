@@ -36,7 +36,9 @@ class InspectTask:
             tensor = worker.source.read(stored_name(name, worker.source, worker.skeleton.model))
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 count = int((~torch.isfinite(tensor)).sum())
-                raise UserError(f"{worker.source.store.url}: {name} holds {count} values that are NaN or infinite; the model is damaged, get it again")
+                raise UserError(
+                    f"{worker.source.store.url}: {name} holds {count} values that are NaN or infinite; the model is damaged, get it again"
+                )
             hasher.update(f"{name}:{tensor.dtype}:{list(tensor.shape)};".encode())
             hasher.update(tensor_bytes(tensor))
         result = {"digest": hasher.hexdigest()}
