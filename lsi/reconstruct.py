@@ -96,6 +96,10 @@ class Reconstruction:
             output = run_block(self.block, inputs.float(), arguments)
         loss = reconstruction_loss(output, targets)
         loss.backward()
+        for parameter in self.parameters.values():
+            # A linear that the batch does not reach (an expert) takes part with zeros: one step count serves all.
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         if self._finite(loss):
             self.optimizer.step()
             self.steps_done += 1
@@ -129,6 +133,8 @@ class Reconstruction:
         steps, failed = (int(v) for v in state["steps"])
         self.steps_done = steps
         self.status = "non_finite" if failed else "ok"
+        if self.optimizer is not None:
+            self.optimizer.state.clear()
         for name, parameter in self.parameters.items():
             parameter.copy_(state[f"value/{name}"])
             if self.optimizer is not None and steps:

@@ -220,14 +220,23 @@ def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any
     return tree
 
 
+def _nearest(path: str) -> str:
+    """The valid key that an unknown one may have meant: of its own section, or of any; else what the section holds."""
+    section, _, leaf = path.rpartition(".")
+    siblings = {key.rpartition(".")[2]: key for key in valid_keys() if key.rpartition(".")[0] == section}
+    anywhere = {key.rpartition(".")[2]: key for key in reversed(valid_keys())}
+    for candidates in (siblings, anywhere):
+        if near := difflib.get_close_matches(leaf, candidates, n=1):
+            return f"did you mean {candidates[near[0]]}?"
+    return f"valid here: {', '.join(siblings)}"
+
+
 def _explain(errors: list[Any], where: str) -> str:
     lines = []
     for error in errors:
         path = ".".join(str(part) for part in error["loc"])
         if error["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(path, valid_keys(), n=1, cutoff=0.3)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            lines.append(f"{where}: unknown key {path}{hint}")
+            lines.append(f"{where}: unknown key {path}; {_nearest(path)}")
         elif error["type"] == "missing":
             lines.append(f"{where}: {path} is required")
         elif error["type"] == "value_error":
@@ -258,7 +267,8 @@ def load_config(path: str, overrides: list[str]) -> RunConfig:
         tree = yaml.safe_load(file.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {error}") from error
-    return parse_config(apply_overrides(tree if isinstance(tree, dict) else {}, overrides), path)
+    tree = {} if tree is None else tree
+    return parse_config(apply_overrides(tree, overrides) if isinstance(tree, dict) else tree, path)
 
 
 def differing_keys(ours: object, theirs: object, prefix: str = "") -> list[str]:

@@ -53,7 +53,8 @@ def iter_documents(data: DataConfig) -> Iterator[str]:
         for row in table:
             if data.column not in row:
                 raise UserError(f"data.column {data.column!r}: {data.source} has the columns {', '.join(row)}")
-            yield str(row[data.column])
+            if row[data.column] is not None:
+                yield str(row[data.column])
     except UserError:
         raise
     except Exception as error:  # `datasets` raises whatever its readers raise

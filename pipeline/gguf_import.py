@@ -35,9 +35,12 @@ def local_copy(source: str, options: dict[str, Any], folder: Path) -> Path:
             raise UserError(f"model.source {source}: there is no such file")
         return path
     path = folder / source.rsplit("/", 1)[-1]
-    with fsspec.open(source, "rb", **options) as remote, path.open("wb") as here:
-        while piece := remote.read(1 << 24):
-            here.write(piece)
+    try:
+        with fsspec.open(source, "rb", **options) as remote, path.open("wb") as here:
+            while piece := remote.read(1 << 24):
+                here.write(piece)
+    except FileNotFoundError as error:
+        raise UserError(f"model.source {source}: there is no such file") from error
     return path
 
 
@@ -45,7 +48,7 @@ def read_config(path: Path) -> PretrainedConfig:
     """The configuration, without the mark that the weights are quantized: they are not any more."""
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, KeyError, OSError, NotImplementedError) as error:
+    except Exception as error:  # a torn file raises whatever its bytes happen to mean
         raise UserError(f"{path}: transformers cannot read this GGUF file: {error}") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -44,14 +44,12 @@ def run_identity(config: RunConfig, autocast: torch.dtype | None) -> dict[str, A
     }
 
 
-def claim(store: Store, config: RunConfig, autocast: torch.dtype | None) -> None:
-    """Make an empty directory this run's, or check that it is. Raises UserError naming every key that differs."""
+def check_claim(store: Store, config: RunConfig, autocast: torch.dtype | None) -> None:
+    """Refuse a run directory that belongs to another run, naming every key that differs."""
     identity = run_identity(config, autocast)
     try:
-        recorded = json.loads(store.get(RUN_FILE))
-        theirs = recorded["identity"]
+        theirs = json.loads(store.get(RUN_FILE))["identity"]
     except FileNotFoundError:
-        _record(store, config, identity)
         return
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -63,13 +61,14 @@ def claim(store: Store, config: RunConfig, autocast: torch.dtype | None) -> None
             f"{store.url} belongs to another run: {'; '.join(d.removeprefix('recipe.') for d in differing)}. "
             "Choose another storage.run, or go back to that config"
         )
-    _record(store, config, theirs)
 
 
-def _record(store: Store, config: RunConfig, identity: dict[str, Any]) -> None:
+def claim(store: Store, config: RunConfig, autocast: torch.dtype | None) -> None:
+    """Make the directory this run's; done when every check has passed, so that a refused config claims nothing."""
     whole = config.model_dump(mode="json")
     whole["storage"].pop("options")
-    store.put(RUN_FILE, json.dumps({"identity": identity, "config": whole}, indent=1, sort_keys=True).encode())
+    record = {"identity": run_identity(config, autocast), "config": whole}
+    store.put(RUN_FILE, json.dumps(record, indent=1, sort_keys=True).encode())
 
 
 def recorded_config(store: Store, options: dict[str, Any]) -> RunConfig:

@@ -28,6 +28,7 @@ from pipeline.tensors import Layout, layout_bytes, write_lazily
 from pipeline.worker import Worker
 
 CONFIG_FILE = "config.json"
+CHECKPOINT_MANIFEST = "lsi_manifest.json"
 INDEX_FILE = "model.safetensors.index.json"
 Sizes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 

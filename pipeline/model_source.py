@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
 from pipeline.store import Store, open_store
-from pipeline.tensors import TensorEntry, TensorFileError, read_header, read_tensor
+from pipeline.tensors import TensorEntry, read_header, read_tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -134,17 +135,20 @@ def parse_model_config(files: dict[str, bytes], where: str, *, trust_remote_code
         raw = json.loads(files["config.json"])
     except ValueError as error:
         raise UserError(f"{where}/config.json: not valid JSON: {error}") from error
-    if raw.get("quantization_config"):
-        raise UserError(
-            f"{where}: the model is already quantized ({raw['quantization_config'].get('quant_method', 'unknown method')}); "
-            "start from its full-precision weights"
-        )
+    if not isinstance(raw, dict):
+        raise UserError(f"{where}/config.json: not a JSON object but {type(raw).__name__}")
+    if found := raw.get("quantization_config"):
+        method = found.get("quant_method", "unknown method") if isinstance(found, dict) else found
+        raise UserError(f"{where}: the model is already quantized ({method}); start from its full-precision weights")
     with tempfile.TemporaryDirectory() as folder:
         _write_side_files(files, Path(folder))
         try:
             return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        except (ValueError, KeyError, OSError) as error:
+        except (ValueError, KeyError, OSError, StrictDataclassError) as error:
             kind = raw.get("model_type")
+            if kind in CONFIG_MAPPING:
+                reason = " ".join(str(error).split())
+                raise UserError(f"{where}/config.json: not a configuration that {kind} takes: {reason}") from error
             raise UserError(
                 f"{where}/config.json: transformers does not know the architecture {kind!r}; upgrade transformers, or set "
                 "model.trust_remote_code if the model brings its own code and you trust it"
@@ -155,10 +159,13 @@ def _shard_of_each(store: Store) -> dict[str, str] | None:
     """The weight map of an indexed checkpoint; None for a single file."""
     try:
         raw = json.loads(store.get(INDEX))
-        return dict(raw["weight_map"])
+        weight_map = {name: str(shard) for name, shard in raw["weight_map"].items()}
+        if not weight_map:
+            raise ValueError("it names no tensors")
+        return weight_map
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{store.describe(INDEX)}: not a valid index: {error}") from error
 
 
@@ -169,7 +176,7 @@ def _header(store: Store, shard: str) -> dict[str, TensorEntry]:
         raise UserError(
             f"{store.describe(shard)}: this shard is missing; download the model again or restore the file's name"
         ) from error
-    except (TensorFileError, EOFError) as error:
+    except (ValueError, EOFError) as error:  # TensorFileError, or a name that leaves the folder
         raise UserError(f"{error}; download the shard again") from error
 
 

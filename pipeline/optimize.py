@@ -104,14 +104,15 @@ class TrainTask:
         worker.chunks.drop_except({chunk.artifact.path for chunk in (*self.inputs, *self.targets)})
         trained, best, history = self._take_up(worker)
         if self.comparison == "begins":
-            best = Best("initial", self._measure(worker, trained.initial, None), None)
+            initial = self._measure(worker, trained.initial, None)
+            best = Best("initial", initial, None, initial)
         mean_loss = self._train(worker, trained.reconstruction)
         now = trained.reconstruction.quantized()
         # A stream of the last epoch must come from the result, which is not known before it is measured.
         last = self.quantized is not None
         loss = self._measure(worker, now, None if last else self.stream)
         if best is not None and loss < best.loss:
-            best = Best(f"epoch {self.epoch}", loss, now)
+            best = Best(f"epoch {self.epoch}", loss, now, best.initial_loss)
         entry = {
             "epoch": self.epoch,
             "training_loss": number(mean_loss),
@@ -209,8 +210,7 @@ class TrainTask:
         meta = {
             "block": self.block,
             "status": trained.reconstruction.status,
-            "kept": best.name,
-            "loss": number(best.loss),
+            **best.meta(),
             "history": history,
         }
         writer = Writer(worker.store, self.quantized)
@@ -233,7 +233,14 @@ class RoundTask:
         writer.write_tensors(WEIGHTS_FILE, pack_weights(weights))
         entry = stamp(worker.name, started)
         writer.commit(
-            {"block": self.block, "status": "ok", "kept": "round_to_nearest", "loss": None, "history": [entry]}
+            {
+                "block": self.block,
+                "status": "ok",
+                "kept": "round_to_nearest",
+                "loss": None,
+                "initial_loss": None,
+                "history": [entry],
+            }
         )
         return {}
 
@@ -253,9 +260,10 @@ class Best:
     name: str
     loss: float
     weights: dict[str, QuantizedWeight] | None
+    initial_loss: float
 
     def meta(self) -> dict[str, Any]:
-        return {"name": self.name, "loss": number(self.loss)}
+        return {"kept": self.name, "loss": number(self.loss), "initial_loss": number(self.initial_loss)}
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"best/{k}": t for k, t in pack_weights(self.weights or {}).items()}
@@ -265,7 +273,7 @@ class Best:
         if meta is None:
             return None
         weights = unpack_weights({k.removeprefix("best/"): t for k, t in tensors.items() if k.startswith("best/")})
-        return Best(meta["name"], math.inf if meta["loss"] is None else meta["loss"], weights or None)
+        return Best(meta["kept"], from_number(meta["loss"]), weights or None, from_number(meta["initial_loss"]))
 
 
 def begin(worker: Worker, block: int) -> Trained:
@@ -278,3 +286,8 @@ def begin(worker: Worker, block: int) -> Trained:
 def number(value: float) -> float | None:
     """JSON has no NaN or infinity."""
     return value if math.isfinite(value) else None
+
+
+def from_number(value: float | None) -> float:
+    """The inverse of `number` for a loss."""
+    return math.inf if value is None else value

@@ -8,14 +8,13 @@ from typing import Any
 from pipeline.artifacts import Artifact, Record, read_record
 from pipeline.errors import UserError
 from pipeline.identity import run_identity
-from pipeline.merge import publish, published_config, quantized_linears
+from pipeline.merge import CHECKPOINT_MANIFEST, publish, published_config, quantized_linears
 from pipeline.run import Finished, Prepared
 from pipeline.store import Store
 from pipeline.worker import peak_rss_mib
 
 RESULT_FILE = "result.json"
 MANIFEST_FILE = "manifest.json"
-CHECKPOINT_MANIFEST = "lsi_manifest.json"
 TIMES = ("worker", "host", "pid", "started", "ended", "peak_rss_mib")
 
 

@@ -7,9 +7,9 @@ import json
 import posixpath
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -29,8 +29,17 @@ from pipeline.data import calibration_tokens, evaluation_tokens
 from pipeline.errors import UserError
 from pipeline.gguf_import import import_gguf
 from pipeline.graph import TRANSIENT, Graph, Inputs, Node, build_graph
-from pipeline.identity import autocast_dtype, claim, claim_model
-from pipeline.merge import checkpoint_layout, plan_shards, quantized_linears, shard_file, shard_intact, withdraw
+from pipeline.identity import autocast_dtype, check_claim, claim, claim_model, run_identity
+from pipeline.merge import (
+    CHECKPOINT_MANIFEST,
+    CONFIG_FILE,
+    checkpoint_layout,
+    plan_shards,
+    quantized_linears,
+    shard_file,
+    shard_intact,
+    withdraw,
+)
 from pipeline.model_source import ModelSource, locate, open_model
 from pipeline.perplexity import take_windows
 from pipeline.skeleton import Skeleton, check_groups, make_skeleton
@@ -123,6 +132,18 @@ def check_scheme(config: RunConfig, skeleton: Skeleton) -> None:
     check_groups(skeleton, names, config.scheme.group_size)
 
 
+def check_place(checkpoint: Store, config: RunConfig, autocast: torch.dtype | None) -> None:
+    """Refuse to overwrite a checkpoint that this run did not make."""
+    if not checkpoint.exists(CONFIG_FILE):
+        return
+    try:
+        theirs = json.loads(checkpoint.get(CHECKPOINT_MANIFEST))["identity"]
+    except (FileNotFoundError, ValueError, KeyError):
+        theirs = None
+    if theirs != json.loads(json.dumps(run_identity(config, autocast))):
+        raise UserError(f"{checkpoint.url} holds another checkpoint already; choose another outputs.checkpoint")
+
+
 def commit_tokens(store: Store, name: str, tokens: torch.Tensor) -> Artifact:
     """Store tokens under their content; the same ones are written once."""
     key = hashlib.sha256(str(list(tokens.shape)).encode() + bytes(tensor_bytes(tokens))).hexdigest()
@@ -161,12 +182,13 @@ def prepare(config: RunConfig, report: Reporter) -> Prepared:
     store = open_store(config.storage.run, config.storage.options)
     store.check_writable()
     autocast = autocast_dtype(config.compute)
-    claim(store, config, autocast)
+    check_claim(store, config, autocast)
     source, model_options = open_source(config, store, report)
     skeleton = make_skeleton(source.config, trust_remote_code=config.model.trust_remote_code)
     check_scheme(config, skeleton)
     dtype = source.dtype(config.model.dtype)
     checkpoint = open_store(checkpoint_url(config), config.storage.options)
+    check_place(checkpoint, config, autocast)
     report.message(f"reading calibration text {config.data.source}")
     tokenizer = source.tokenizer()
     tokens = commit_tokens(store, "calibration", calibration_tokens(tokenizer, config.data))
@@ -177,6 +199,7 @@ def prepare(config: RunConfig, report: Reporter) -> Prepared:
         texts[name] = commit_tokens(
             store, f"text-{name}", take_windows(found, evaluation.windows, evaluation.length, text)
         )
+    claim(store, config, autocast)
     context = Context(config, source.store.url, checkpoint.url, dtype, autocast, model_options)
     resolved = {"dtype": str(dtype), "autocast": str(autocast) if autocast else None}
     return Prepared(config, store, checkpoint, source, skeleton, context, tokens, texts, resolved)
@@ -214,15 +237,20 @@ class Driver:
     """Runs a prepared run's units on a group, again and again until nothing is needed."""
 
     def __init__(
-        self, prepared: Prepared, group: WorkerGroup, report: Reporter, should_stop: Callable[[], bool]
+        self, prepared: Prepared, start: Callable[[], WorkerGroup], report: Reporter, should_stop: Callable[[], bool]
     ) -> None:
         self.prepared = prepared
         self.store = prepared.store
-        self.group = group
+        self.start = start
         self.report = report
         self.should_stop = should_stop
         self.peaks: dict[str, float] = {}
         self.units_run = 0
+
+    @cached_property
+    def group(self) -> WorkerGroup:
+        """The workers, started when the first unit needs them: a finished run is confirmed without."""
+        return self.start()
 
     def inspect(self) -> tuple[list[str], str]:
         """Digests of every block's weights and of what is outside the blocks."""
@@ -396,9 +424,9 @@ def run_to_goals(
 ) -> Finished:
     """Run every unit that is needed. Raises UserError or StoppedError; what was committed stays."""
     began = time.monotonic()
-    with workers(prepared.config, prepared.context, report) as group:
-        started = time.monotonic()
-        driver = Driver(prepared, group, report, should_stop)
+    with ExitStack() as stack:
+        start = partial(stack.enter_context, workers(prepared.config, prepared.context, report))
+        driver = Driver(prepared, start, report, should_stop)
         graph = graph_of(prepared, *driver.inspect())
         inspected = time.monotonic()
         write_plan(prepared.store, graph)
@@ -406,9 +434,5 @@ def run_to_goals(
         if any(n.stage == "merge" for n in driver.needed(graph)):
             withdraw(prepared.checkpoint)
         before = driver.complete(graph)
-    seconds = {
-        "start_workers": started - began,
-        "inspect": inspected - started,
-        "units": time.monotonic() - inspected,
-    }
+    seconds = {"start_and_inspect": inspected - began, "units": time.monotonic() - inspected}
     return Finished(prepared, graph, seconds, driver.peaks, driver.units_run, before)

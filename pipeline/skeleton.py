@@ -7,7 +7,8 @@ blocks are replaced by stand-ins that record what they are called with, or hand 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from accelerate import init_empty_weights
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from lsi.block import get_linear
 from pipeline.errors import UserError
@@ -90,15 +93,22 @@ def tensor_names(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
 
 
 def stored_name(name: str, source: ModelSource, model: PreTrainedModel) -> str:
-    """The checkpoint's own name of a tensor: some leave out the base model's prefix. Raises UserError if it is not there."""
+    """The checkpoint's own name of a tensor: some leave out the base model's prefix, some keep names that transformers has
+    changed since. Raises UserError if it is not there."""
     base = model.base_model_prefix + "."
-    candidates = [name, name.removeprefix(base), base + name]
-    for candidate in candidates:
+    for candidate in (name, name.removeprefix(base), base + name, *_former_names(name, model)):
         if candidate in source.index:
             return candidate
     raise UserError(
         f"{source.store.url}: no shard holds {name}, which {type(model).__name__} needs; is a shard missing from the index?"
     )
+
+
+def _former_names(name: str, model: PreTrainedModel) -> Iterator[str]:
+    """By transformers' own table of renamings, backwards."""
+    for change in get_model_conversion_mapping(model):
+        if isinstance(change, WeightRenaming):
+            yield change.reverse_transform().rename_source_key(name)[0]
 
 
 def _fill(module: nn.Module, prefix: str, source: ModelSource, model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -129,16 +139,21 @@ def load_block(
     return block.to(device).eval()
 
 
+class _FirstCall(Exception):  # noqa: N818  (not an error)
+    """Ends the pass that records what the first block is called with."""
+
+
 class _StandIn(nn.Module):
     """Takes a block's place: records the call and returns the hidden states it is told to, or those it got."""
 
-    def __init__(self, replaced: nn.Module, returns_tuple: bool, hand_in: Callable[[], Tensor | None]) -> None:
+    def __init__(self, replaced: nn.Module, hand_in: Callable[[], Tensor | None]) -> None:
         super().__init__()
         # Some models ask a block for its attention type before they call it.
         for name in ("attention_type", "layer_type", "is_sliding"):
             if hasattr(replaced, name):
                 setattr(self, name, getattr(replaced, name))
-        self.returns_tuple = returns_tuple
+        # Not known before the block's arguments are: the first call ends with them.
+        self.returns_tuple: bool | None = None
         self.hand_in = hand_in
         self.seen: Tensor | None = None
         self.arguments: Arguments = {}
@@ -150,6 +165,8 @@ class _StandIn(nn.Module):
         self.arguments = {
             k: v for k, v in kwargs.items() if k not in ("past_key_values", "past_key_value", "use_cache")
         }
+        if self.returns_tuple is None:
+            raise _FirstCall
         given = self.hand_in()
         result = hidden if given is None else given
         return (result,) if self.returns_tuple else result
@@ -189,11 +206,11 @@ class Surroundings:
         return self.model(input_ids=tokens, use_cache=False).logits
 
 
-def _returns_tuple(skeleton: Skeleton, arguments: Callable[[], Arguments]) -> bool:
+def _returns_tuple(skeleton: Skeleton, arguments: Arguments) -> bool:
     """Whether the family's blocks return a tuple: asked of a block on the meta device, where running costs nothing."""
     block = copy.deepcopy(skeleton.blocks[0]).to("meta")
     hidden = torch.empty(1, 2, skeleton.model.config.hidden_size, device="meta")
-    on_meta = {name: _to_meta(value) for name, value in arguments().items()}
+    on_meta = {name: _to_meta(value) for name, value in arguments.items()}
     return isinstance(block(hidden, **on_meta), tuple)
 
 
@@ -209,15 +226,16 @@ def load_surroundings(skeleton: Skeleton, source: ModelSource, dtype: torch.dtyp
     """Read everything outside the blocks; the blocks themselves are replaced by stand-ins."""
     handed_in: list[Tensor | None] = [None]
     model = copy.deepcopy(skeleton.model)
-    stand_ins = [_StandIn(block, False, lambda: handed_in[0]) for block in skeleton.blocks]
+    stand_ins = [_StandIn(block, lambda: handed_in[0]) for block in skeleton.blocks]
     model.set_submodule(skeleton.blocks_name, nn.ModuleList(stand_ins))
     _fill(model, "", source, skeleton.model, dtype)
     # A tied head is the same tensor as the embedding; filling replaced one of the two.
     model.tie_weights()
     model.to(device)  # type: ignore[arg-type]
     surroundings = Surroundings(model, stand_ins, handed_in)
-    surroundings.arguments(2)
-    tuples = _returns_tuple(skeleton, lambda: stand_ins[0].arguments)
+    with suppress(_FirstCall):
+        surroundings.arguments(2)
+    tuples = _returns_tuple(skeleton, stand_ins[0].arguments)
     for stand_in in stand_ins:
         stand_in.returns_tuple = tuples
     return surroundings

@@ -14,6 +14,7 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractBufferedFile
 
 from pipeline.errors import UserError
 
@@ -71,7 +72,18 @@ class Store:
 
     def read_range(self, key: str, start: int, end: int) -> bytes:
         """Bytes start … end − 1. Raises FileNotFoundError, and EOFError if the object is shorter."""
-        data = self.fs.cat_file(self.path(key), start=start, end=end)
+        if start == end:  # s3fs would read the whole object
+            self.size(key)
+            return b""
+        try:
+            data = self.fs.cat_file(self.path(key), start=start, end=end)
+        except OSError as error:
+            # S3's answer to a range that lies wholly past the end; the code stands for other refusals too.
+            if error.errno == errno.EINVAL and start >= self.size(key):
+                raise EOFError(
+                    f"{self.describe(key)}: bytes {start} to {end} asked for, the object is shorter"
+                ) from error
+            raise
         if len(data) != end - start:
             raise EOFError(
                 f"{self.describe(key)}: bytes {start} to {end} asked for, the object ends at {start + len(data)}"
@@ -97,23 +109,32 @@ class Store:
             for piece in pieces:
                 handle.write(piece)
         except BaseException:
-            if hasattr(handle, "discard") and not self.local:
-                handle.discard()
-            elif self.local:
+            if self.local:
                 handle.f.close()
+            elif isinstance(handle, AbstractBufferedFile):
+                handle.discard()
+                handle.closed = True  # or its destructor would publish what there is
             raise
         handle.close()
 
     def exists(self, key: str) -> bool:
-        return self.fs.isfile(self.path(key))
+        try:
+            return self._info(key)["type"] == "file"
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+    def _info(self, key: str) -> dict[str, Any]:
+        # s3fs would answer from its last listing, and miss what other processes have done since.
+        self.fs.invalidate_cache(posixpath.dirname(self.path(key)))
+        return self.fs.info(self.path(key))
 
     def size(self, key: str) -> int:
         """Size in bytes. Raises FileNotFoundError."""
-        return int(self.fs.info(self.path(key))["size"])
+        return int(self._info(key)["size"])
 
     def stamp(self, key: str) -> str:
         """Changes whenever the object is replaced: size with ETag or modification time."""
-        info = self.fs.info(self.path(key))
+        info = self._info(key)
         mark = (
             info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified") or info.get("created")
         )
@@ -134,7 +155,8 @@ class Store:
             return
 
     def delete_all(self, prefix: str) -> None:
-        """Remove every object under a folder."""
+        """Remove every object under a folder, not of the whole store."""
+        self.path(prefix)
         if self.local:
             if self.fs.isdir(self.path(prefix)):
                 self.fs.rm(self.path(prefix), recursive=True)
@@ -154,7 +176,7 @@ class Store:
             raise UserError(
                 f"{self.url}: no space left on the device; free some and run the same command again"
             ) from error
-        except (OSError, ValueError) as error:
+        except Exception as error:  # each backend raises its own: botocore's are no OSErrors
             raise UserError(
                 f"{self.url}: cannot write there ({error}); choose another storage.run or change its permissions"
             ) from error

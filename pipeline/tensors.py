@@ -11,6 +11,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,34 +103,49 @@ def parse_header(text: bytes) -> dict[str, TensorEntry]:
     """Entries from the JSON header (without the eight length bytes before it)."""
     try:
         raw = json.loads(text)
-        base = 8 + len(text)
-        return {
-            name: TensorEntry(
-                _DTYPES[e["dtype"]], tuple(e["shape"]), base + e["data_offsets"][0], base + e["data_offsets"][1]
-            )
-            for name, e in raw.items()
-            if name != "__metadata__"
-        }
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise TensorFileError(f"unreadable safetensors header: {error}") from error
+        return {name: _parse_entry(name, e, 8 + len(text)) for name, e in raw.items() if name != "__metadata__"}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise TensorFileError(f"unreadable safetensors header: {type(error).__name__}: {error}") from error
+
+
+def _parse_entry(name: str, raw: dict[str, Any], base: int) -> TensorEntry:
+    dtype, shape, (start, end) = _DTYPES[raw["dtype"]], tuple(raw["shape"]), raw["data_offsets"]
+    if not all(isinstance(n, int) and n >= 0 for n in (*shape, start)) or end - start != dtype.itemsize * math.prod(
+        shape
+    ):
+        raise ValueError(f"{name}: bytes {start} to {end} are not {raw['dtype']} {raw['shape']}")
+    return TensorEntry(dtype, shape, base + start, base + end)
+
+
+def _header_length(first: bytes, size: int, where: str) -> int:
+    """Length of the JSON header, from a file's first eight bytes and its size."""
+    if size < 8:
+        raise TensorFileError(f"{where}: {size} bytes are no safetensors file")
+    (length,) = struct.unpack("<Q", first)
+    if length > min(size - 8, _MAX_HEADER):
+        raise TensorFileError(
+            f"{where}: the header claims {length} bytes, the file has {size}: it is truncated or not safetensors"
+        )
+    return int(length)
+
+
+def _check_end(entries: Mapping[str, TensorEntry], length: int, size: int, where: str) -> None:
+    promised = max((entry.end for entry in entries.values()), default=8 + length)
+    if promised != size:
+        raise TensorFileError(
+            f"{where}: the header describes {promised} bytes, the file has {size}: it is truncated or damaged"
+        )
 
 
 def read_header(store: Store, key: str) -> dict[str, TensorEntry]:
     """The entries of a file in two ranged reads; the file's size must be what the header promises."""
-    size = store.size(key)
-    if size < 8:
-        raise TensorFileError(f"{store.describe(key)}: {size} bytes are no safetensors file")
-    (length,) = struct.unpack("<Q", store.read_range(key, 0, 8))
-    if length > min(size - 8, _MAX_HEADER):
-        raise TensorFileError(
-            f"{store.describe(key)}: the header claims {length} bytes, the file has {size}: it is truncated or not safetensors"
-        )
-    entries = parse_header(store.read_range(key, 8, 8 + length))
-    promised = max((entry.end for entry in entries.values()), default=8 + length)
-    if promised != size:
-        raise TensorFileError(
-            f"{store.describe(key)}: the header describes {promised} bytes, the file has {size}: it is truncated or damaged"
-        )
+    size, where = store.size(key), store.describe(key)
+    length = _header_length(store.read_range(key, 0, min(8, size)), size, where)
+    try:
+        entries = parse_header(store.read_range(key, 8, 8 + length))
+    except TensorFileError as error:
+        raise TensorFileError(f"{where}: {error}") from error
+    _check_end(entries, length, size, where)
     return entries
 
 
@@ -140,11 +156,11 @@ def read_tensor(store: Store, key: str, entry: TensorEntry) -> Tensor:
 
 def deserialize(data: bytes) -> dict[str, Tensor]:
     """All tensors of a file that is in memory; they share its buffer."""
-    if len(data) < 8:
-        raise TensorFileError(f"{len(data)} bytes are no safetensors file")
-    (length,) = struct.unpack("<Q", data[:8])
+    length = _header_length(data[:8], len(data), "tensors")
+    entries = parse_header(data[8 : 8 + length])
+    _check_end(entries, length, len(data), "tensors")
     view = memoryview(bytearray(data))
-    return {name: _from_buffer(view[e.start : e.end], e) for name, e in parse_header(data[8 : 8 + length]).items()}
+    return {name: _from_buffer(view[e.start : e.end], e) for name, e in entries.items()}
 
 
 def _from_buffer(data: bytes | memoryview, entry: TensorEntry) -> Tensor:

@@ -80,8 +80,7 @@ class ChunkCache:
     def _keep(self, chunk: Chunk, tensor: Tensor) -> None:
         self.kept[chunk] = tensor
         total = sum(t.nbytes for t in self.kept.values())
-        # Passes go over the chunks in other orders each time, so the newest is as good a victim as any, except that the
-        # oldest would empty the whole cache on every pass of a working set just above the limit.
+        # The newest goes: dropping the oldest would empty the whole cache on each pass over a set just above the limit.
         while total > self.limit and self.kept:
             _, dropped = self.kept.popitem()
             total -= dropped.nbytes
@@ -171,6 +170,8 @@ Task = Callable[[Worker], dict[str, Any]]
 def make_handler(context: Context, name: str) -> Callable[[Task], dict[str, Any]]:
     """The function that an actor runs units with. A unit is a picklable callable on the worker, such as a dataclass."""
     limit_threads(context.config.compute.threads)
+    # cuBLAS is deterministic only with a fixed workspace, chosen before CUDA starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     worker = Worker(context, name)
 

@@ -1,0 +1,275 @@
+"""The quantized linear: round-to-nearest at the start, its parts' gradients, and codes that do not depend on autocast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from material import assert_same_weight, hard_weights, linear_of, normal, numeric_gradient
+from tolerances import assert_close, assert_same
+from torch import Tensor
+from torch.nn import functional
+
+from lsi.grid import Grid, round_to_nearest
+from lsi.increment import KINDS
+from lsi.linear import QuantizedLinear
+
+BITS = pytest.mark.parametrize("bits", [2, 3, 4, 8])
+SYMMETRIC = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+GROUPS = pytest.mark.parametrize("group_size", [3, None], ids=["group", "channel"])
+KIND = pytest.mark.parametrize("kind", sorted(KINDS))
+
+
+def make(
+    weight: Tensor,
+    grid: Grid,
+    *,
+    clipping: bool = False,
+    increment: str = "none",
+    scale_dtype: torch.dtype = torch.float32,
+    bias: Tensor | None = None,
+) -> QuantizedLinear:
+    return QuantizedLinear(
+        linear_of(weight, bias), grid, clipping=clipping, increment=increment, scale_dtype=scale_dtype
+    )
+
+
+def move(linear: QuantizedLinear, size: float = 0.3) -> QuantizedLinear:
+    """Away from the start, each parameter to its own random place."""
+    for seed, parameter in enumerate(linear.parameters()):
+        parameter.data += size * normal(*parameter.shape, seed=50 + seed).to(parameter.dtype)
+    return linear
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@KIND
+@SYMMETRIC
+@GROUPS
+@BITS
+def test_begins_at_round_to_nearest(
+    bits: int, group_size: int | None, symmetric: bool, kind: str, scale_dtype: torch.dtype
+) -> None:
+    grid = Grid(bits, group_size, symmetric)
+    weight = hard_weights()[-120:]
+    linear = make(weight, grid, increment=kind, scale_dtype=scale_dtype)
+    assert_same_weight(linear.quantized(), round_to_nearest(weight, grid, scale_dtype))
+
+
+@KIND
+@SYMMETRIC
+def test_stays_round_to_nearest_of_the_moved_weight(symmetric: bool, kind: str) -> None:
+    """The range follows W'."""
+    grid = Grid(3, 4, symmetric)
+    linear = move(make(normal(6, 8), grid, increment=kind))
+    moved = linear.increment(linear.weight).detach()
+    assert (kind == "none") == torch.equal(moved, linear.weight)
+    assert_same_weight(linear.quantized(), round_to_nearest(moved, grid, torch.float32))
+
+
+@pytest.mark.parametrize("bias", [None, normal(6, seed=3)], ids=["plain", "bias"])
+@pytest.mark.parametrize("clipping", [True, False], ids=["clipping", "range"])
+@KIND
+@SYMMETRIC
+@BITS
+def test_forward_computes_with_what_is_stored(
+    bits: int, symmetric: bool, kind: str, clipping: bool, bias: Tensor | None
+) -> None:
+    grid = Grid(bits, 4, symmetric)
+    linear = move(make(normal(6, 8), grid, clipping=clipping, increment=kind, scale_dtype=torch.bfloat16, bias=bias))
+    x = normal(2, 5, 8, seed=9)
+    assert_same(linear(x), functional.linear(x, linear.quantized().dequantize(), bias))
+
+
+def test_only_clipping_and_increment_are_trained() -> None:
+    grid = Grid(3, 4, symmetric=False)
+    linear = make(normal(6, 8), grid, clipping=True, increment="diagonal", bias=normal(6))
+    assert {name for name, _ in linear.named_parameters()} == {
+        "clipping.lower",
+        "clipping.upper",
+        "increment.increment",
+    }
+    linear(normal(2, 8)).sum().backward()
+    assert all(parameter.grad is not None for parameter in linear.parameters())
+    assert linear.weight.grad is None
+    assert linear.bias is not None
+    assert linear.bias.grad is None
+
+
+def test_half_precision_weights_are_kept_in_float32() -> None:
+    weight, bias = normal(6, 8).bfloat16(), normal(6, seed=1).bfloat16()
+    linear = make(weight, Grid(3, 4, symmetric=False), increment="diagonal", bias=bias)
+    assert_same(linear.weight, weight.float())
+    assert linear.bias is not None
+    assert_same(linear.bias, bias.float())
+    assert {parameter.dtype for parameter in linear.parameters()} == {torch.float32}
+
+
+def test_group_size_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="3 does not divide 8"):
+        make(normal(6, 8), Grid(3, 3, symmetric=False))
+
+
+# --- clipping ---------------------------------------------------------------------------------------------------------
+
+
+def clip(linear: QuantizedLinear, lower: float, upper: float) -> QuantizedLinear:
+    assert linear.clipping is not None
+    linear.clipping.lower.data.fill_(lower)
+    linear.clipping.upper.data.fill_(upper)
+    return linear
+
+
+@SYMMETRIC
+@BITS
+def test_clipping_begins_just_inside_the_range(bits: int, symmetric: bool) -> None:
+    weight, grid = normal(6, 8), Grid(bits, 4, symmetric)
+    plain = round_to_nearest(weight, grid, torch.float32)
+    clipped = make(weight, grid, clipping=True).quantized()
+    assert_close(clipped.scale, plain.scale * torch.tensor(4.0).sigmoid())
+    assert (plain.zero_point.int() - clipped.zero_point.int()).abs().max() == 0
+
+
+@SYMMETRIC
+@BITS
+def test_open_clipping_is_round_to_nearest(bits: int, symmetric: bool) -> None:
+    """sigmoid(100) is 1 in float32."""
+    weight, grid = hard_weights()[-120:], Grid(bits, 3, symmetric)
+    linear = clip(make(weight, grid, clipping=True), 100, 100)
+    assert_same_weight(linear.quantized(), round_to_nearest(weight, grid, torch.float32))
+
+
+def test_each_bound_has_its_own_number() -> None:
+    """sigmoid(0) = 1/2 halves the bound it belongs to."""
+    weight = torch.tensor([[-1.0, 0.0, 0.5, 2.0]])
+    linear = make(weight, Grid(2, None, symmetric=False), clipping=True)
+    lower, upper = clip(linear, 0, 100).quantized(), clip(linear, 100, 0).quantized()
+    assert lower.scale.item() == pytest.approx((2.0 + 0.5) / 3)
+    assert upper.scale.item() == pytest.approx((1.0 + 1.0) / 3)
+
+
+def test_symmetric_clipping_is_the_wider_bound() -> None:
+    weight = torch.tensor([[-1.0, 0.0, 0.5, 2.0]])
+    linear = make(weight, Grid(2, None, symmetric=True), clipping=True)
+    assert clip(linear, 100, 0).quantized().scale.item() == pytest.approx(2 * 1.0 / 3)
+    # sigmoid(−3) · 2 = 0.09, below the other bound's sigmoid(1) · 1 = 0.73.
+    linear = clip(linear, 1, -3)
+    assert linear.quantized().scale.item() == pytest.approx(2 * torch.tensor(1.0).sigmoid().item() / 3)
+    assert linear.quantized().zero_point.item() == 2
+    linear(torch.eye(4)).square().sum().backward()
+    assert linear.clipping is not None
+    assert linear.clipping.upper.grad is not None
+    assert linear.clipping.lower.grad is not None
+    assert linear.clipping.upper.grad.item() == 0
+    assert linear.clipping.lower.grad.item() != 0
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+class Case:
+    """A moved linear in float64, and the smooth part of Σ out · W_hat around it.
+
+    Written out from the formulas: rounding (of scale, zero point, codes) adds a constant, and the range is a constant.
+    """
+
+    def __init__(self, kind: str, symmetric: bool) -> None:
+        self.grid = Grid(3, 4, symmetric)
+        self.linear = make(
+            normal(4, 8, seed=21), self.grid, clipping=True, increment=kind, scale_dtype=torch.bfloat16
+        ).double()
+        move(clip(self.linear, 1, 1))
+        self.values = {name: parameter.detach().clone() for name, parameter in self.linear.named_parameters()}
+        self.out = normal(4, 8, seed=22, dtype=torch.float64)
+        grouped = self.moved(self.values).view(4, 2, 4)
+        self.low, self.high = grouped.amin(-1), grouped.amax(-1)
+        assert (self.low < 0).all()
+        assert (self.high > 0).all()
+        self.residual = {"scale": torch.zeros(()), "zero": torch.zeros(()), "steps": torch.zeros(())}
+        # Each rounding takes in what the ones before it have rounded.
+        for part in self.residual:
+            value = self.parts(self.values)[part]
+            rounded = value.bfloat16().double() if part == "scale" else value.round()
+            self.residual[part] = rounded - value
+        steps = self.parts(self.values)["position"]
+        self.inside = (steps > 0) & (steps < 7)
+        assert torch.minimum(steps.abs(), (steps - 7).abs()).min() > 1e-3
+        assert not self.inside.all()
+
+    def moved(self, values: dict[str, Tensor]) -> Tensor:
+        module: Any = self.linear.increment
+        weight = self.linear.weight
+        if hasattr(module, "left"):
+            return weight + module.left @ torch.diag(values["increment.increment"]) @ module.right
+        if hasattr(module, "step"):
+            return weight + values["increment.increment"] * module.step.squeeze(-1).repeat_interleave(4, dim=1)
+        return weight
+
+    def parts(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        low = self.low * values["clipping.lower"].sigmoid()
+        high = self.high * values["clipping.upper"].sigmoid()
+        span = (2 * torch.maximum(-low, high) if self.grid.symmetric else high - low) / 7
+        scale = span + self.residual["scale"]
+        zero = torch.full_like(span, 4) if self.grid.symmetric else -low / span + self.residual["zero"]
+        position = self.moved(values).view(4, 2, 4) / scale[..., None] + zero[..., None]
+        return {
+            "scale": scale,
+            "zero": zero,
+            "position": position,
+            "steps": position.clamp(0, 7) + self.residual["steps"],
+        }
+
+    def smooth(self, values: dict[str, Tensor]) -> Tensor:
+        parts = self.parts(values)
+        w_hat = parts["scale"][..., None] * (parts["steps"] - parts["zero"][..., None])
+        return (w_hat.view(4, 8) * self.out).sum()
+
+    def gradient(self, name: str) -> Tensor:
+        self.linear.zero_grad()
+        # W_hatᵀ, by way of the forward pass.
+        (self.linear(torch.eye(8, dtype=torch.float64)).T * self.out).sum().backward()
+        gradient = self.linear.get_parameter(name).grad
+        assert gradient is not None
+        return gradient
+
+
+@pytest.mark.parametrize("name", ["clipping.lower", "clipping.upper", "increment.increment"])
+@pytest.mark.parametrize("kind", ["diagonal", "dense"])
+@SYMMETRIC
+def test_gradient_is_that_of_the_smooth_part(symmetric: bool, kind: str, name: str) -> None:
+    case = Case(kind, symmetric)
+    numeric = numeric_gradient(lambda value: case.smooth({**case.values, name: value}), case.values[name])
+    assert numeric.abs().max() > 0
+    assert_close(case.gradient(name), numeric)
+
+
+@SYMMETRIC
+def test_diagonal_gradient_is_that_of_the_unclipped_weights(symmetric: bool) -> None:
+    """u_jᵀ G v_j, with G the gradient at W': zero where W' is clipped."""
+    case = Case("diagonal", symmetric)
+    left, right = (case.linear.increment.get_buffer(name) for name in ("left", "right"))
+    at_weight = case.out * case.inside.view(4, 8)
+    assert_close(case.gradient("increment.increment"), torch.diagonal(left.T @ at_weight @ right.T))
+
+
+# --- autocast ---------------------------------------------------------------------------------------------------------
+
+
+@KIND
+@SYMMETRIC
+def test_codes_do_not_depend_on_autocast(symmetric: bool, kind: str) -> None:
+    linear = move(make(normal(24, 32), Grid(8, 16, symmetric), clipping=True, increment=kind))
+    plain = linear.quantized()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_weight(linear.quantized(), plain)
+
+
+def test_products_follow_autocast_and_its_weights_are_the_stored_ones() -> None:
+    linear = move(make(normal(24, 32), Grid(4, 16, symmetric=False), clipping=True, increment="diagonal"))
+    x = normal(5, 32, seed=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = linear(x)
+        expected = functional.linear(x, linear.quantized().dequantize())
+    assert output.dtype == torch.bfloat16
+    assert_same(output, expected)
+    assert_close(output.float(), linear(x), torch.bfloat16)

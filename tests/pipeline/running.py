@@ -1,0 +1,66 @@
+"""Helpers to run the pipeline in tests: configurations, a silent reporter, and what a checkpoint holds."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from cluster.scheduler import Event, Instruction
+from pipeline.config import RunConfig, parse_config
+from pipeline.graph import Node
+from pipeline.report import publish_checkpoint, write_result
+from pipeline.run import Finished, Workers, inline_workers, prepare, run_to_goals
+from pipeline.store import Store
+
+
+class Silent:
+    """A reporter that remembers."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+        self.units: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def begin(self, stage_totals: dict[str, tuple[int, int]]) -> None:
+        pass
+
+    def finished(self, node: Node, result: dict[str, Any]) -> None:
+        self.units.append(node.name)
+
+    def event(self, event: Event | Instruction) -> None:
+        pass
+
+
+def tiny_tree(model: Path | str, text: Path | str, run: Path | str, **sections: Any) -> dict[str, Any]:
+    """A run of seconds: 6 samples of 16 tokens in chunks of 4, two epochs, W3 in groups of 32."""
+    tree: dict[str, Any] = {
+        "model": {"source": str(model)},
+        "data": {"source": str(text), "samples": 6, "sequence_length": 16},
+        "scheme": {"bits": 3, "group_size": 32},
+        "method": {"increment": "dense"},
+        "optimizer": {"epochs": 2},
+        "compute": {"dtype": "float32"},
+        "storage": {"run": str(run), "chunk_samples": 4},
+        "evaluation": {"texts": {"news": str(text)}, "windows": 2, "length": 16},
+    }
+    for name, section in sections.items():
+        tree[name] = {**tree.get(name, {}), **section}
+    return tree
+
+
+def tiny_config(model: Path | str, text: Path | str, run: Path | str, **sections: Any) -> RunConfig:
+    return parse_config(tiny_tree(model, text, run, **sections))
+
+
+def run(config: RunConfig, report: Silent | None = None, workers: Workers = inline_workers, **more: Any) -> tuple[Finished, dict[str, Any]]:
+    """Prepare, run and publish, as the command does."""
+    report = report or Silent()
+    finished = run_to_goals(prepare(config, report), report, workers, **more)
+    publish_checkpoint(finished)
+    return finished, write_result(finished)
+
+
+def checkpoint_hashes(store: Store) -> dict[str, str]:
+    """sha256 of every file of a checkpoint."""
+    return {key: hashlib.sha256(store.get(key)).hexdigest() for key in store.list()}

@@ -1,0 +1,280 @@
+"""The commit protocol under crashes and damage: an artifact is there whole, or it is not there."""
+
+import hashlib
+import json
+import uuid
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.artifacts import (
+    RECORD,
+    Artifact,
+    CorruptArtifactError,
+    Record,
+    Writer,
+    committed,
+    digest,
+    discard,
+    parse_record,
+    put_hashed,
+    read_file,
+    read_record,
+    read_tensors,
+    verify,
+)
+from pipeline.store import Store, open_store
+
+ARTIFACT = Artifact("block", "b003", digest("inputs"))
+META: dict[str, Any] = {"loss": 0.25, "status": "ok", "worst": float("inf"), "überschrift": None}
+DATA = b"some data"
+
+
+@pytest.fixture
+def store() -> Store:
+    return open_store(f"memory://{uuid.uuid4().hex}")
+
+
+def commit(store: Store, artifact: Artifact = ARTIFACT) -> Record:
+    writer = Writer(store, artifact)
+    writer.write("data.bin", [DATA[:4], DATA[4:]])
+    writer.write("empty.bin", [])
+    return writer.commit(META)
+
+
+def record_key(artifact: Artifact = ARTIFACT) -> str:
+    return f"{artifact.path}/{RECORD}"
+
+
+# --- commit ----------------------------------------------------------------------------------------------------------
+
+
+def test_committed_artifact_is_read_back(store: Store) -> None:
+    made = commit(store)
+    assert read_record(store, ARTIFACT) == made
+    assert (made.key, made.meta, made.size) == (ARTIFACT.key, META, len(DATA))
+    assert read_file(store, ARTIFACT, "data.bin") == DATA
+    assert read_file(store, ARTIFACT, "empty.bin", made) == b""
+    verify(store, ARTIFACT, made)
+
+
+def test_path_says_kind_name_and_sixteen_digits_of_the_key() -> None:
+    assert ARTIFACT.path == f"block/b003-{digest('inputs')[:16]}"
+
+
+def test_without_a_record_nothing_is_there(store: Store) -> None:
+    assert read_record(store, ARTIFACT) is None
+    writer = Writer(store, ARTIFACT)
+    writer.write("data.bin", [DATA])
+    assert read_record(store, ARTIFACT) is None
+    assert committed(store, ["block"]) == {}
+    with pytest.raises(CorruptArtifactError, match=r"data\.bin is not committed"):
+        read_file(store, ARTIFACT, "data.bin")
+
+
+def test_record_is_written_after_all_data(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    put = Store.put
+
+    def note(self: Store, key: str, data: Any) -> None:
+        put(self, key, data)
+        written.append(key.rpartition("/")[2])
+
+    monkeypatch.setattr(Store, "put", note)
+    commit(store)
+    assert written == ["data.bin", "empty.bin", RECORD]
+
+
+def test_file_that_is_not_in_the_record_is_refused(store: Store) -> None:
+    record = commit(store)
+    store.put(f"{ARTIFACT.path}/stray.bin", b"left by a crash")
+    with pytest.raises(CorruptArtifactError, match=r"stray\.bin is not committed"):
+        read_file(store, ARTIFACT, "stray.bin", record)
+
+
+def test_tensors_and_json_come_back(store: Store) -> None:
+    tensors = {"codes": torch.arange(6, dtype=torch.uint8).reshape(2, 3), "scale": torch.tensor([0.1, 0.2])}
+    writer = Writer(store, ARTIFACT)
+    writer.write_tensors("t.safetensors", tensors)
+    writer.write_json("t.json", {"b": [1, None], "a": "ü"})
+    writer.commit({})
+    read = read_tensors(store, ARTIFACT, "t.safetensors")
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+    assert json.loads(read_file(store, ARTIFACT, "t.json")) == {"a": "ü", "b": [1, None]}
+
+
+def test_equal_contents_give_equal_bytes(store: Store) -> None:
+    first, second = Artifact("x", "one", "a" * 64), Artifact("x", "two", "b" * 64)
+    tensors = {"w": torch.ones(3), "v": torch.zeros(2, dtype=torch.int8)}
+    for artifact, given_tensors, value in (
+        (first, tensors, {"a": 1, "b": 2}),
+        (second, dict(reversed(tensors.items())), {"b": 2, "a": 1}),
+    ):
+        writer = Writer(store, artifact)
+        writer.write_tensors("t", given_tensors)
+        writer.write_json("j", value)
+        writer.commit({})
+    for name in ("t", "j"):
+        assert store.get(f"{first.path}/{name}") == store.get(f"{second.path}/{name}")
+
+
+def test_put_hashed_counts_and_hashes_all_pieces(store: Store) -> None:
+    assert put_hashed(store, "a", [DATA]) == put_hashed(store, "b", [DATA[:1], memoryview(DATA)[1:], b""])
+    assert put_hashed(store, "c", [b"abc"]) == (3, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+def test_record_torn_at_any_byte_is_corrupt(store: Store) -> None:
+    commit(store)
+    whole = store.get(record_key())
+    for length in range(len(whole)):
+        store.put(record_key(), whole[:length])
+        with pytest.raises(CorruptArtifactError, match="damaged commit record") as caught:
+            read_record(store, ARTIFACT)
+        assert caught.value.artifact == ARTIFACT
+    store.put(record_key(), whole)
+    assert read_record(store, ARTIFACT) is not None
+
+
+def test_no_flipped_bit_of_a_record_changes_what_it_says(store: Store) -> None:
+    """A flip within white space may do nothing; any other is noticed."""
+    made = commit(store)
+    whole = bytearray(store.get(record_key()))
+    noticed = 0
+    for place in range(len(whole)):
+        for bit in range(8):
+            whole[place] ^= 1 << bit
+            try:
+                assert parse_record(bytes(whole)) == made
+            except ValueError:
+                noticed += 1
+            whole[place] ^= 1 << bit
+    assert noticed > 0.98 * 8 * len(whole)
+
+
+@given(st.binary())
+def test_garbage_is_no_record(text: bytes) -> None:
+    with pytest.raises(ValueError, match="commit record"):
+        parse_record(text)
+
+
+@pytest.mark.parametrize("value", [None, 3, [], {}, "body", {"body": 1, "checksum": digest(1)}, {"body": {}}])
+def test_other_json_is_no_record(value: object) -> None:
+    with pytest.raises(ValueError, match="it is not a whole commit record"):
+        parse_record(json.dumps(value).encode())
+
+
+def test_altered_record_is_refused_even_if_it_is_whole_json(store: Store) -> None:
+    commit(store)
+    record = json.loads(store.get(record_key()))
+    record["body"]["meta"]["loss"] = 0.125
+    with pytest.raises(ValueError, match="checksum does not match"):
+        parse_record(json.dumps(record).encode())
+
+
+def test_every_flipped_bit_of_the_data_is_noticed(store: Store) -> None:
+    record = commit(store)
+    for place in range(len(DATA)):
+        for bit in range(8):
+            damaged = bytearray(DATA)
+            damaged[place] ^= 1 << bit
+            store.put(f"{ARTIFACT.path}/data.bin", bytes(damaged))
+            with pytest.raises(CorruptArtifactError, match="differ from the 9 committed ones"):
+                verify(store, ARTIFACT, record)
+
+
+@pytest.mark.parametrize("data", [DATA[:-1], b"", DATA + b"!"], ids=["torn", "emptied", "longer"])
+def test_data_of_another_length_is_noticed(store: Store, data: bytes) -> None:
+    record = commit(store)
+    store.put(f"{ARTIFACT.path}/data.bin", data)
+    with pytest.raises(CorruptArtifactError, match=f"data.bin has {len(data)} bytes"):
+        verify(store, ARTIFACT, record)
+
+
+def test_lost_data_is_noticed(store: Store) -> None:
+    record = commit(store)
+    store.delete(f"{ARTIFACT.path}/data.bin")
+    with pytest.raises(CorruptArtifactError, match="missing though it was committed"):
+        verify(store, ARTIFACT, record)
+
+
+def test_record_of_another_key_is_refused(store: Store) -> None:
+    """Keys whose first sixteen digits agree share a folder."""
+    commit(store)
+    twin = Artifact(ARTIFACT.kind, ARTIFACT.name, ARTIFACT.key[:16] + "0" * 48)
+    assert twin.path == ARTIFACT.path
+    with pytest.raises(CorruptArtifactError, match="its commit record belongs to"):
+        read_record(store, twin)
+
+
+# --- discard and list ------------------------------------------------------------------------------------------------
+
+
+def test_discard_removes_everything_of_one_artifact(store: Store) -> None:
+    other = Artifact("block", "b004", "c" * 64)
+    commit(store)
+    commit(store, other)
+    discard(store, ARTIFACT)
+    discard(store, ARTIFACT)
+    assert read_record(store, ARTIFACT) is None
+    assert set(committed(store, ["block"])) == {other.path}
+    assert all(key.startswith(other.path) for key in store.list())
+
+
+def test_discard_that_is_cut_short_leaves_no_record(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit(store)
+
+    def crash(self: Store, prefix: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Store, "delete_all", crash)
+    with pytest.raises(KeyboardInterrupt):
+        discard(store, ARTIFACT)
+    assert read_record(store, ARTIFACT) is None
+    assert store.exists(f"{ARTIFACT.path}/data.bin")
+
+
+def test_committed_lists_the_asked_kinds_that_have_a_record(store: Store) -> None:
+    done, other = Artifact("block", "b1", "a" * 64), Artifact("capture", "c1", "b" * 64)
+    for artifact in (done, other, Artifact("blocks", "not-a-block", "d" * 64)):
+        commit(store, artifact)
+    Writer(store, Artifact("block", "b2", "c" * 64)).write("data.bin", [DATA])
+    size = len(DATA) + store.size(record_key(done))
+    assert committed(store, ["block"]) == {done.path: size}
+    assert set(committed(store, ["block", "capture", "merge"])) == {done.path, other.path}
+
+
+# --- content addresses -----------------------------------------------------------------------------------------------
+
+
+def test_digest_is_the_same_for_any_order_of_keys() -> None:
+    assert digest({"a": 1, "b": {"d": [1, 2], "c": None}}) == digest({"b": {"c": None, "d": [1, 2]}, "a": 1})
+
+
+def test_digest_is_sha256_of_the_canonical_text() -> None:
+    """Run directories outlive this code: another canonical form would redo every unit of all of them."""
+    text = rb'{"a":"\u00fc","b":[1,0.5,null]}'
+    assert digest({"b": [1, 0.5, None], "a": "ü"}) == hashlib.sha256(text).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        (1, 1.0),
+        (1, True),
+        (1, "1"),
+        (None, "null"),
+        ([], {}),
+        (["a", "b"], ["ab"]),
+        ([1, 2], [2, 1]),
+        ({"a": 1}, {"a": 2}),
+    ],
+)
+def test_different_values_have_different_digests(left: object, right: object) -> None:
+    assert digest(left) != digest(right)

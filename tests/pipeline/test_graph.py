@@ -1,0 +1,185 @@
+"""Units and their exact dependencies, schedule by schedule."""
+
+from typing import Any
+
+import pytest
+
+from pipeline.artifacts import Artifact
+from pipeline.config import RunConfig, ScheduleConfig, parse_config
+from pipeline.graph import Graph, Inputs, build_graph, comparison, input_epoch
+from pipeline.optimize import TrainTask
+
+TOKENS = Artifact("tokens", "calibration", "t" * 64)
+
+
+def config(**sections: Any) -> RunConfig:
+    tree: dict[str, Any] = {
+        "model": {"source": "m"},
+        "data": {"source": "d.txt", "samples": 6, "sequence_length": 8},
+        "storage": {"run": "r", "chunk_samples": 4},
+        "optimizer": {"epochs": 3},
+    }
+    for name, section in sections.items():
+        tree[name] = {**tree.get(name, {}), **section}
+    return parse_config(tree)
+
+
+def graph(blocks: int = 3, **sections: Any) -> Graph:
+    return build_graph(inputs(blocks, **sections))
+
+
+def inputs(blocks: int = 3, **sections: Any) -> Inputs:
+    return Inputs(
+        config=config(**sections),
+        blocks=blocks,
+        tokens=TOKENS,
+        texts={"news": Artifact("tokens", "text-news", "n" * 64)},
+        block_digests=[f"b{i}" for i in range(blocks)],
+        outer_digest="outer",
+        model_config_digest="config",
+        compute={"threads": 1},
+        shards=[("model.safetensors", ("a", "b"), tuple(range(blocks)))],
+    )
+
+
+def dependencies(built: Graph) -> dict[str, set[str]]:
+    return {unit.name: set(unit.depends_on) for unit in built.units(built.nodes)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "every", "expected"),
+    [
+        ("sequential", 1, [3, 3, 3, 3]),
+        ("parallel", 1, [None, 0, 1, 2]),
+        ("parallel", 2, [None, None, 1, 1]),
+        ("parallel", 0, [None, None, None, None]),
+        ("wave", 1, [0, 1, 2, 3]),
+        ("wave", 2, [0, 0, 2, 2]),
+    ],
+)
+def test_schedule_says_which_state_of_the_block_before_is_the_input(kind: str, every: int, expected: list[Any]) -> None:
+    schedule = ScheduleConfig.model_validate({"kind": kind, "refresh_every": every})
+    assert [input_epoch(schedule, epoch, 4) for epoch in range(4)] == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "every", "expected"),
+    [
+        ("sequential", 1, ["begins", "goes_on", "goes_on", "goes_on"]),
+        ("parallel", 0, ["begins", "goes_on", "goes_on", "goes_on"]),
+        ("parallel", 2, ["none", "none", "begins", "goes_on"]),
+        ("wave", 1, ["none", "none", "none", "begins"]),
+    ],
+)
+def test_losses_are_compared_only_on_the_last_inputs(kind: str, every: int, expected: list[str]) -> None:
+    schedule = ScheduleConfig.model_validate({"kind": kind, "refresh_every": every})
+    assert [comparison(schedule, epoch, 4) for epoch in range(4)] == expected
+
+
+def test_capture_is_a_wave_over_chunks() -> None:
+    found = dependencies(graph())
+    assert found["embed/00001"] == set()
+    assert found["capture/000/00001"] == {"embed/00001"}
+    assert found["capture/002/00000"] == {"capture/001/00000"}
+
+
+def test_a_block_starts_when_its_own_inputs_and_targets_are_there() -> None:
+    found = dependencies(graph(schedule={"kind": "parallel"}))
+    assert found["optimize/001/000"] == {f"capture/{b:03d}/{c:05d}" for b in (0, 1) for c in (0, 1)}
+
+
+def test_parallel_waits_for_the_block_before_one_epoch_ago() -> None:
+    found = dependencies(graph(schedule={"kind": "parallel"}))
+    targets = {"capture/001/00000", "capture/001/00001"}
+    assert found["optimize/001/002"] == targets | {"optimize/001/001", "optimize/000/001"}
+
+
+def test_sequential_waits_for_the_finished_block_before() -> None:
+    found = dependencies(graph(schedule={"kind": "sequential"}))
+    assert "optimize/000/002" in found["optimize/001/000"]
+
+
+def test_wave_waits_for_the_same_epoch_of_the_block_before() -> None:
+    found = dependencies(graph(schedule={"kind": "wave"}))
+    assert {"optimize/000/001", "optimize/001/000"} <= found["optimize/001/001"]
+
+
+def test_never_refreshed_blocks_do_not_wait_for_each_other() -> None:
+    found = dependencies(graph(schedule={"kind": "parallel", "refresh_every": 0}))
+    assert not any(name.startswith("optimize/000") for name in found["optimize/001/002"])
+
+
+def test_only_streams_that_somebody_reads_are_written() -> None:
+    for kind, every, epochs in [("sequential", 1, {2}), ("parallel", 1, {0, 1}), ("parallel", 2, {1}), ("wave", 1, {0, 1, 2})]:
+        built = graph(schedule={"kind": kind, "refresh_every": every})
+        tasks = [node.task for node in built.nodes if isinstance(node.task, TrainTask)]
+        assert {t.epoch for t in tasks if t.block == 0 and t.stream} == epochs, kind
+        assert not any(t.stream for t in tasks if t.block == 2), "nobody reads the last block's outputs"
+
+
+def test_every_artifact_has_one_producer_and_its_own_path() -> None:
+    built = graph()
+    paths = [artifact.path for node in built.nodes for artifact in node.makes]
+    assert len(paths) == len(set(paths))
+    produced = set(paths)
+    assert all(artifact.path in produced for node in built.nodes for artifact in node.reads)
+
+
+def test_needed_walks_back_from_the_goals_and_stops_at_commits() -> None:
+    built = graph()
+    everything = {node.name for node in built.nodes}
+    assert {n.name for n in built.needed(lambda artifact: False)} == everything
+    assert built.needed(lambda artifact: True) == []
+    results = {a.path for n in built.nodes for a in n.makes if a.kind == "quantized"}
+    left = {n.name for n in built.needed(lambda artifact: artifact.path in results)}
+    assert left == {"merge/model.safetensors", "evaluate/full_precision/news", "evaluate/round_to_nearest/news", "evaluate/quantized/news"}
+
+
+def test_needed_redoes_deleted_activations_only_where_they_are_read() -> None:
+    """Block 0 is done and its activations are gone; block 1 lost its result."""
+    built = graph(schedule={"kind": "parallel", "refresh_every": 0})
+    done = {a.path for n in built.nodes for a in n.makes if a.kind in ("quantized", "evaluation")}
+    left = built.needed(lambda a: a.path in done and not a.path.startswith("quantized/block-001"))
+    names = {n.name for n in left}
+    assert "optimize/001/000" in names
+    assert "optimize/000/000" not in names
+    assert "capture/001/00000" in names
+    assert "capture/002/00000" not in names
+
+
+KEYS = {
+    "scheme": {"bits": 2},
+    "method": {"increment": "dense"},
+    "optimizer": {"epochs": 3, "seed": 1},
+    "storage": {"chunk_samples": 3},
+}
+
+
+@pytest.mark.parametrize("section", sorted(KEYS))
+def test_what_changes_the_result_changes_the_results_address(section: str) -> None:
+    assert results(inputs()).isdisjoint(results(inputs(**{section: KEYS[section]})))
+
+
+def test_where_it_runs_does_not_change_the_addresses() -> None:
+    assert results(inputs()) == results(inputs(cluster={"workers": 7}, storage={"run": "elsewhere", "cache_mib": 1}))
+
+
+def test_another_scheme_keeps_the_captured_activations() -> None:
+    def hidden(given: Inputs) -> set[str]:
+        return {a.path for n in build_graph(given).nodes for a in n.makes if a.kind == "hidden"}
+
+    assert hidden(inputs()) == hidden(inputs(scheme={"bits": 2}))
+
+
+def test_a_blocks_weights_change_it_and_what_follows_but_not_what_comes_before() -> None:
+    changed = inputs(schedule={"kind": "sequential"})
+    changed.block_digests[1] = "other"
+    before = sorted(results(inputs(schedule={"kind": "sequential"})))
+    after = sorted(results(changed))
+    assert before[0] == after[0]
+    assert before[1] != after[1]
+    assert before[2] != after[2]
+
+
+def results(given: Inputs) -> set[str]:
+    return {a.path for n in build_graph(given).nodes for a in n.makes if a.kind == "quantized"}

@@ -1,0 +1,290 @@
+"""Whole runs in one process: what comes out, that it is the same every time, and that nothing committed is done again."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import Silent, checkpoint_hashes, run, tiny_config
+
+from lsi.grid import Grid, round_to_nearest
+from pipeline.artifacts import read_tensors
+from pipeline.errors import UserError
+from pipeline.evaluate_checkpoint import evaluate_checkpoint
+from pipeline.optimize import WEIGHTS_FILE, unpack_weights
+from pipeline.packed_format import unpack_linear
+from pipeline.report import artifacts_of
+from pipeline.run import Finished, StoppedError, prepare
+from pipeline.store import Store, open_store
+from pipeline.tensors import deserialize
+
+
+@pytest.fixture
+def model(tiny_model: Callable[..., Path], tmp_path: Path) -> Path:
+    return tiny_model(tmp_path / "model", blocks=3)
+
+
+def results(finished: Finished) -> dict[str, Any]:
+    """Every quantized weight of a run by its full name."""
+    found = {}
+    for index, artifact in enumerate(artifacts_of(finished, "quantized")):
+        weights = unpack_weights(read_tensors(finished.prepared.store, artifact, WEIGHTS_FILE))
+        found |= {f"model.layers.{index}.{name}": weight for name, weight in weights.items()}
+    return found
+
+
+def checkpoint_tensors(store: Store) -> dict[str, torch.Tensor]:
+    return {n: t for key in store.list() if key.endswith(".safetensors") for n, t in deserialize(store.get(key)).items()}
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("group_size", [32, None], ids=["grouped", "per-channel"])
+def test_no_training_is_round_to_nearest_and_the_file_holds_the_artifacts(
+    model: Path, short_text: Path, tmp_path: Path, bits: int, symmetric: bool, group_size: int | None
+) -> None:
+    scheme = {"bits": bits, "symmetric": symmetric, "group_size": group_size}
+    finished, _ = run(tiny_config(model, short_text, tmp_path / "run", scheme=scheme, optimizer={"epochs": 0}))
+    stored = checkpoint_tensors(finished.prepared.checkpoint)
+    source = finished.prepared.source
+    found = results(finished)
+    assert len(found) == 3 * 7
+    for name, weight in found.items():
+        expected = round_to_nearest(source.read(f"{name}.weight"), Grid(bits, group_size, symmetric), torch.float32)
+        codes, scale, zero = unpack_linear(name, stored, bits, symmetric)
+        assert torch.equal(codes, weight.codes)
+        assert torch.equal(weight.codes, expected.codes)
+        assert torch.equal(scale, weight.scale)
+        assert torch.equal(weight.scale, expected.scale)
+        assert torch.equal(weight.zero_point, expected.zero_point)
+        assert zero is None if symmetric else torch.equal(zero, weight.zero_point)
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "parallel", "wave"])
+def test_training_beats_round_to_nearest_and_the_loader_agrees(
+    model: Path, short_text: Path, tmp_path: Path, schedule: str
+) -> None:
+    config = tiny_config(
+        model,
+        short_text,
+        tmp_path / "run",
+        schedule={"kind": schedule},
+        data={"samples": 16},
+        optimizer={"epochs": 6},
+        evaluation={"texts": {"news": str(short_text)}, "windows": 4, "length": 64},
+    )
+    finished, result = run(config)
+    table = {variant: texts["news"] for variant, texts in result["perplexity"].items()}
+    assert set(table) == {"full_precision", "round_to_nearest", "quantized"}
+    for block in result_blocks(finished):
+        assert block["kept"] != "initial", "training found nothing better than its start"
+    loaded = evaluate_checkpoint(finished.prepared.checkpoint.url, [str(short_text)], 4, 64, "cpu", show=False)
+    assert loaded[str(short_text)] == pytest.approx(table["quantized"], rel=5e-3)
+
+
+def result_blocks(finished: Finished) -> list[dict[str, Any]]:
+    from pipeline.report import block_reports
+
+    return block_reports(finished)
+
+
+@pytest.mark.parametrize("increment", ["none", "diagonal", "dense"])
+def test_each_block_ends_no_worse_than_it_began(model: Path, short_text: Path, tmp_path: Path, increment: str) -> None:
+    """Steps so large that training does harm: what comes out is at worst the initial state, on the same inputs."""
+    optimizer = {"epochs": 2, "increment_learning_rate": 1e4, "clipping_learning_rate": 1e-9}
+    finished, _ = run(
+        tiny_config(model, short_text, tmp_path / "run", method={"increment": increment}, optimizer=optimizer)
+    )
+    for block in result_blocks(finished):
+        assert block["loss"] <= block["initial_loss"]
+        if increment != "none":
+            assert block["kept"] == "initial"
+            assert block["loss"] < block["history"][-1]["loss"]
+
+
+def test_the_same_run_again_gives_the_same_bytes(model: Path, short_text: Path, tmp_path: Path) -> None:
+    first, _ = run(tiny_config(model, short_text, tmp_path / "one"))
+    second, _ = run(tiny_config(model, short_text, tmp_path / "two"))
+    assert checkpoint_hashes(first.prepared.checkpoint) == checkpoint_hashes(second.prepared.checkpoint)
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "parallel", "wave"])
+def test_stopped_anywhere_it_goes_on_to_the_same_bytes_and_redoes_nothing(
+    model: Path, short_text: Path, tmp_path: Path, schedule: str
+) -> None:
+    """A new driver every few units: each takes up what the last one left."""
+    undisturbed, _ = run(tiny_config(model, short_text, tmp_path / "one", schedule={"kind": schedule}))
+    config = tiny_config(model, short_text, tmp_path / "two", schedule={"kind": schedule})
+    done: list[str] = []
+    for _ in range(100):
+        report = Silent()
+        try:
+            finished, _ = run(config, report, should_stop=lambda report=report: len(report.units) >= 4)
+            break
+        except StoppedError as error:
+            assert error.interrupted
+        finally:
+            done += report.units
+    assert len(done) == len(set(done)), "a committed unit was run again"
+    assert checkpoint_hashes(finished.prepared.checkpoint) == checkpoint_hashes(undisturbed.prepared.checkpoint)
+
+
+def test_a_finished_run_is_confirmed_without_work(model: Path, short_text: Path, tmp_path: Path) -> None:
+    config = tiny_config(model, short_text, tmp_path / "run")
+    run(config)
+    report = Silent()
+    _, result = run(config, report)
+    assert report.units == []
+    assert result["units"]["run"] == 0
+
+
+def test_activations_are_gone_when_the_run_ends(model: Path, short_text: Path, tmp_path: Path) -> None:
+    finished, _ = run(tiny_config(model, short_text, tmp_path / "run"))
+    for kind in ("hidden", "stream", "state"):
+        assert finished.prepared.store.list(kind) == {}, kind
+
+
+@pytest.mark.parametrize("damage", ["data", "record", "missing"])
+@pytest.mark.parametrize("kind", ["quantized", "shard-file", "evaluation"])
+def test_a_damaged_artifact_is_redone_and_said(
+    model: Path, short_text: Path, tmp_path: Path, kind: str, damage: str
+) -> None:
+    config = tiny_config(model, short_text, tmp_path / "run")
+    finished, _ = run(config)
+    before = checkpoint_hashes(finished.prepared.checkpoint)
+    store = finished.prepared.store
+    victim = victim_of(store, kind, damage)
+    if kind == "quantized":
+        # Read again only by a merge that has not happened.
+        for key in store.list("shard"):
+            store.delete(key)
+    hurt(store, victim, damage)
+    report = Silent()
+    finished, _ = run(config, report)
+    assert report.units, "nothing was redone"
+    if damage != "missing" or kind != "evaluation":
+        assert any("damaged, will be redone" in message for message in report.messages)
+    assert checkpoint_hashes(finished.prepared.checkpoint) == before
+
+
+def victim_of(store: Store, kind: str, damage: str) -> str:
+    if kind == "shard-file":
+        return "checkpoint/model.safetensors" if damage != "record" else commit_of(store, "shard")
+    if kind == "evaluation" or damage == "record":
+        return commit_of(store, kind)
+    return next(key for key in store.list(kind) if key.endswith(WEIGHTS_FILE))
+
+
+def commit_of(store: Store, kind: str) -> str:
+    return next(key for key in store.list(kind) if key.endswith("commit.json"))
+
+
+def hurt(store: Store, key: str, damage: str) -> None:
+    data = bytearray(store.get(key))
+    if damage == "missing":
+        store.delete(key)
+        return
+    data[len(data) // 2] ^= 1
+    store.put(key, bytes(data))
+
+
+def test_a_run_directory_of_another_config_is_refused_by_key(model: Path, short_text: Path, tmp_path: Path) -> None:
+    run(tiny_config(model, short_text, tmp_path / "run", optimizer={"epochs": 0}))
+    other = tiny_config(model, short_text, tmp_path / "run", optimizer={"epochs": 0}, scheme={"bits": 4})
+    with pytest.raises(UserError, match=r"belongs to another run: scheme\.bits: 3 there, 4 here"):
+        prepare(other, Silent())
+
+
+def test_a_refused_config_claims_no_directory(model: Path, short_text: Path, tmp_path: Path) -> None:
+    bad = tiny_config(model, short_text, tmp_path / "run", scheme={"group_size": 48})
+    with pytest.raises(UserError, match=r"group_size 48 does not divide .*q_proj \(64\).*64, 32, 16"):
+        prepare(bad, Silent())
+    run(tiny_config(model, short_text, tmp_path / "run", optimizer={"epochs": 0}))
+
+
+def test_a_run_directory_of_another_model_is_refused(
+    model: Path, short_text: Path, tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    config = tiny_config(model, short_text, tmp_path / "run", optimizer={"epochs": 0})
+    run(config)
+    tiny_model(model, blocks=3, seed=1)
+    with pytest.raises(UserError, match="belongs to another model: the weights of block 0"):
+        run(config)
+
+
+def test_another_runs_checkpoint_is_not_overwritten(model: Path, short_text: Path, tmp_path: Path) -> None:
+    place = {"checkpoint": str(tmp_path / "out")}
+    run(tiny_config(model, short_text, tmp_path / "one", optimizer={"epochs": 0}, outputs=place))
+    other = tiny_config(
+        model, short_text, tmp_path / "two", optimizer={"epochs": 0}, scheme={"bits": 4}, outputs=place
+    )
+    with pytest.raises(UserError, match="holds another checkpoint already"):
+        prepare(other, Silent())
+
+
+def test_weights_that_are_not_finite_are_refused_before_anything_else(
+    model: Path, short_text: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    report = Silent()
+    with pytest.raises(StoppedError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds 1 values that are NaN"):
+        run(tiny_config(model, short_text, tmp_path / "run"), report)
+    assert not [unit for unit in report.units if not unit.startswith("inspect/")]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_tied_embeddings_stay_tied(
+    tiny_model: Callable[..., Path], short_text: Path, tmp_path: Path, tied: bool
+) -> None:
+    folder = tiny_model(tmp_path / "m", blocks=1, tied=tied)
+    finished, _ = run(tiny_config(folder, short_text, tmp_path / "run", optimizer={"epochs": 0}))
+    assert ("lm_head.weight" in checkpoint_tensors(finished.prepared.checkpoint)) is not tied
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(finished.prepared.checkpoint.url)
+    same = loaded.get_input_embeddings().weight.data_ptr() == loaded.get_output_embeddings().weight.data_ptr()
+    assert same is tied
+
+
+def test_many_shards_load_like_one(model: Path, short_text: Path, tmp_path: Path) -> None:
+    one, _ = run(tiny_config(model, short_text, tmp_path / "one", optimizer={"epochs": 0}))
+    many = tiny_config(model, short_text, tmp_path / "two", optimizer={"epochs": 0}, outputs={"max_shard_mib": 1})
+    # Below one MiB everything fits in one file; the planner itself is given bytes.
+    from pipeline.merge import checkpoint_layout, plan_shards
+
+    prepared = prepare(many, Silent())
+    layout = checkpoint_layout(prepared.skeleton, Grid(3, 32, False), ["lm_head"], torch.float32)
+    shards = plan_shards(layout, 50_000)
+    assert len(shards) > 2
+    assert [name for shard in shards for name in shard] == [name for name, _ in layout]
+    assert one.graph.goals
+
+
+class DiesAfterMerge(Silent):
+    def finished(self, node: Any, result: dict[str, Any]) -> None:
+        super().finished(node, result)
+        if node.stage == "merge":
+            raise KeyboardInterrupt
+
+
+def test_a_driver_that_dies_in_the_merge_leaves_no_checkpoint_to_see(
+    model: Path, short_text: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(model, short_text, tmp_path / "run")
+    store = open_store(str(tmp_path / "run"))
+    run(config)
+    before = checkpoint_hashes(store.child("checkpoint"))
+    for key in store.list("shard"):
+        store.delete(key)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, DiesAfterMerge())
+    assert store.exists("checkpoint/model.safetensors")
+    assert not store.exists("checkpoint/config.json")
+    run(config)
+    assert checkpoint_hashes(store.child("checkpoint")) == before
