@@ -80,6 +80,8 @@ def grid_parameters(
     point comes from the unrounded one.
     """
     span = (2 * torch.maximum(-low, high) if grid.symmetric else high - low) / grid.levels
+    # A float16 scale has a largest value; clipping the group there is what the library does, infinity would be NaN later.
+    span = span.clamp(max=torch.finfo(scale_dtype).max)
     # A group of zeros has no range: any scale serves, as long as dividing by it is harmless.
     empty = span == 0
     scale = straight_through(span, span.to(scale_dtype).to(span.dtype))

@@ -86,7 +86,10 @@ class Reconstruction:
         return torch.autocast(device, self.method.autocast)
 
     def step(self, inputs: Hidden, targets: Hidden, arguments: Mapping[str, Any]) -> float:
-        """One update. Returns the loss before it; NaN or infinity leaves the parameters alone and sets the status."""
+        """One update. Returns the loss before it.
+
+        A loss or a gradient that is not finite leaves the parameters alone and sets the status; later steps return NaN.
+        """
         if self.optimizer is None or self.status != "ok":
             return math.nan
         for group in self.optimizer.param_groups:
@@ -117,7 +120,7 @@ class Reconstruction:
         return {name: linear.quantized() for name, linear in self.linears.items()}
 
     def export_state(self) -> dict[str, Tensor]:
-        """Parameters and optimizer moments, to go on from elsewhere."""
+        """Parameters and optimizer moments, to go on from elsewhere. Views: copy them before the next step."""
         state = {f"value/{name}": p.detach() for name, p in self.parameters.items()}
         state["steps"] = torch.tensor([self.steps_done, self.status == "non_finite"], dtype=torch.int64)
         if self.optimizer is not None and self.steps_done:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 from datasets import load_dataset
+from fsspec.core import url_to_fs
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config import DataConfig
 from pipeline.errors import UserError
-from pipeline.store import open_store
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 # Documents are joined as the usual WikiText perplexity does, so that paragraph ends look the same everywhere.
@@ -29,16 +29,16 @@ def is_file(source: str) -> bool:
 
 def read_text(source: str) -> str:
     """A whole text file at any fsspec address. Raises UserError."""
-    folder, _, name = source.rpartition("/")
     try:
-        return open_store(folder or ".").get(name).decode("utf-8")
+        files, path = url_to_fs(source)
+        return files.cat_file(path).decode("utf-8")
     except FileNotFoundError as error:
         raise UserError(f"{source}: no such text file") from error
     except UnicodeDecodeError as error:
         raise UserError(
             f"{source}: not UTF-8 text ({error.reason} at byte {error.start}); for tables use .jsonl or .parquet"
         ) from error
-    except OSError as error:
+    except (OSError, ImportError, ValueError) as error:
         raise UserError(f"{source}: cannot be read: {error}") from error
 
 

@@ -64,7 +64,12 @@ def check_claim(store: Store, config: RunConfig, autocast: torch.dtype | None) -
 
 
 def claim(store: Store, config: RunConfig, autocast: torch.dtype | None) -> None:
-    """Make the directory this run's; done when every check has passed, so that a refused config claims nothing."""
+    """Make the directory this run's; done when every check has passed, so that a refused config claims nothing.
+
+    Written once: a driver that dies while it rewrote the file would leave a torn one.
+    """
+    if store.exists(RUN_FILE):
+        return
     whole = config.model_dump(mode="json")
     whole["storage"].pop("options")
     record = {"identity": run_identity(config, autocast), "config": whole}

@@ -42,8 +42,8 @@ from pipeline.merge import (
 )
 from pipeline.model_source import ModelSource, locate, open_model
 from pipeline.perplexity import take_windows
-from pipeline.skeleton import Skeleton, check_groups, make_skeleton
-from pipeline.store import Store, open_store
+from pipeline.skeleton import Skeleton, check_groups, check_tensors, make_skeleton
+from pipeline.store import Store, absolute, open_store
 from pipeline.tensors import tensor_bytes
 from pipeline.weights import InspectTask, block_tensors
 from pipeline.worker import Context, make_handler
@@ -185,6 +185,7 @@ def prepare(config: RunConfig, report: Reporter) -> Prepared:
     check_claim(store, config, autocast)
     source, model_options = open_source(config, store, report)
     skeleton = make_skeleton(source.config, trust_remote_code=config.model.trust_remote_code)
+    check_tensors(skeleton, source)
     check_scheme(config, skeleton)
     dtype = source.dtype(config.model.dtype)
     checkpoint = open_store(checkpoint_url(config), config.storage.options)
@@ -200,7 +201,15 @@ def prepare(config: RunConfig, report: Reporter) -> Prepared:
             store, f"text-{name}", take_windows(found, evaluation.windows, evaluation.length, text)
         )
     claim(store, config, autocast)
-    context = Context(config, source.store.url, checkpoint.url, dtype, autocast, model_options)
+    context = Context(
+        config=config,
+        run_url=absolute(store.url),
+        model_url=absolute(source.store.url),
+        checkpoint_url=absolute(checkpoint.url),
+        dtype=dtype,
+        autocast=autocast,
+        model_options=model_options,
+    )
     resolved = {"dtype": str(dtype), "autocast": str(autocast) if autocast else None}
     return Prepared(config, store, checkpoint, source, skeleton, context, tokens, texts, resolved)
 

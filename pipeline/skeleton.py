@@ -111,14 +111,28 @@ def _former_names(name: str, model: PreTrainedModel) -> Iterator[str]:
             yield change.reverse_transform().rename_source_key(name)[0]
 
 
+def checked_name(name: str, expected: Tensor, source: ModelSource, model: PreTrainedModel) -> str:
+    """The stored name of a tensor that has the shape its configuration asks for. Raises UserError."""
+    stored = stored_name(name, source, model)
+    shape = source.index[stored][1].shape
+    if shape != tuple(expected.shape):
+        raise UserError(
+            f"{source.store.url}: {name} has shape {list(shape)}, its configuration asks for {list(expected.shape)}; "
+            "config.json and the shards are of different models"
+        )
+    return stored
+
+
+def check_tensors(skeleton: Skeleton, source: ModelSource) -> None:
+    """Refuse a checkpoint that lacks a tensor or has one of another shape, from the headers alone."""
+    for name, expected in tensor_names(skeleton.model).items():
+        checked_name(name, expected, source, skeleton.model)
+
+
 def _fill(module: nn.Module, prefix: str, source: ModelSource, model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Read every tensor of a meta module and put it in place."""
     for name, expected in tensor_names(module, prefix).items():
-        tensor = source.read(stored_name(name, source, model))
-        if tensor.shape != expected.shape:
-            raise UserError(
-                f"{source.store.url}: {name} has shape {list(tensor.shape)}, its configuration asks for {list(expected.shape)}"
-            )
+        tensor = source.read(checked_name(name, expected, source, model))
         if tensor.is_floating_point():
             tensor = tensor.to(dtype)
         local = name.removeprefix(prefix + ".") if prefix else name
@@ -211,7 +225,13 @@ def _returns_tuple(skeleton: Skeleton, arguments: Arguments) -> bool:
     block = copy.deepcopy(skeleton.blocks[0]).to("meta")
     hidden = torch.empty(1, 2, skeleton.model.config.hidden_size, device="meta")
     on_meta = {name: _to_meta(value) for name, value in arguments.items()}
-    return isinstance(block(hidden, **on_meta), tuple)
+    try:
+        return isinstance(block(hidden, **on_meta), tuple)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        raise UserError(
+            f"{type(skeleton.model).__name__}: its blocks cannot be run one by one ({str(error).splitlines()[0]}); "
+            "this architecture is not supported"
+        ) from error
 
 
 def _to_meta(value: Any) -> Any:

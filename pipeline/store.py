@@ -7,6 +7,7 @@ Nothing here relies on rename or on atomic overwrites: an object may be torn by 
 from __future__ import annotations
 
 import errno
+import os
 import posixpath
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -49,7 +50,7 @@ class Store:
         self.local = isinstance(self.fs, LocalFileSystem)
 
     def __reduce__(self) -> tuple[type[Store], tuple[str, dict[str, Any]]]:
-        return Store, (self.url, self.options)
+        return Store, (absolute(self.url), self.options)
 
     def path(self, key: str) -> str:
         """The file system's own path of a key; keys that would leave the root are refused."""
@@ -180,6 +181,11 @@ class Store:
             raise UserError(
                 f"{self.url}: cannot write there ({error}); choose another storage.run or change its permissions"
             ) from error
+
+
+def absolute(url: str) -> str:
+    """A local path made independent of the working directory; any other address as it is."""
+    return url if "://" in url or "::" in url else os.path.abspath(url)
 
 
 def iter_pieces(data: memoryview, size: int = 1 << 24) -> Iterator[memoryview]:

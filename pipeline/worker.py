@@ -41,6 +41,7 @@ class Context:
     """What a driver tells its actors. Everything here is resolved: nothing depends on the machine an actor runs on."""
 
     config: RunConfig
+    run_url: str
     model_url: str
     checkpoint_url: str
     dtype: torch.dtype
@@ -101,7 +102,7 @@ class Worker:
         self.config = context.config
         self.name = name
         self.device = context.config.compute.device
-        self.store = open_store(context.config.storage.run, context.config.storage.options)
+        self.store = open_store(context.run_url, context.config.storage.options)
         self.checkpoint = open_store(context.checkpoint_url, context.config.storage.options)
         self.chunks = ChunkCache(self.store, context.config.storage.cache_mib << 20)
         self._block: tuple[int, nn.Module] | None = None

@@ -281,6 +281,7 @@ def test_a_half_precision_block_is_trained_in_float32() -> None:
     layer = make_layer(dtype=torch.bfloat16)
     reference = Reconstruction(copy.deepcopy(layer).float(), NAMES, METHOD)
     reconstruction = Reconstruction(layer, NAMES, METHOD)
+    assert {parameter.dtype for parameter in reconstruction.block.parameters()} == {torch.float32}
     assert steps(reconstruction, range(2)) == steps(reference, range(2))
     assert_same_result(reconstruction, reference)
 

@@ -1,11 +1,8 @@
-"""Tests here share `running.py`, and a text short enough that reading it takes no time."""
+"""A text short enough that reading it takes no time."""
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")

@@ -53,7 +53,9 @@ def tiny_config(model: Path | str, text: Path | str, run: Path | str, **sections
     return parse_config(tiny_tree(model, text, run, **sections))
 
 
-def run(config: RunConfig, report: Silent | None = None, workers: Workers = inline_workers, **more: Any) -> tuple[Finished, dict[str, Any]]:
+def run(
+    config: RunConfig, report: Silent | None = None, workers: Workers = inline_workers, **more: Any
+) -> tuple[Finished, dict[str, Any]]:
     """Prepare, run and publish, as the command does."""
     report = report or Silent()
     finished = run_to_goals(prepare(config, report), report, workers, **more)

@@ -110,7 +110,12 @@ def test_never_refreshed_blocks_do_not_wait_for_each_other() -> None:
 
 
 def test_only_streams_that_somebody_reads_are_written() -> None:
-    for kind, every, epochs in [("sequential", 1, {2}), ("parallel", 1, {0, 1}), ("parallel", 2, {1}), ("wave", 1, {0, 1, 2})]:
+    for kind, every, epochs in [
+        ("sequential", 1, {2}),
+        ("parallel", 1, {0, 1}),
+        ("parallel", 2, {1}),
+        ("wave", 1, {0, 1, 2}),
+    ]:
         built = graph(schedule={"kind": kind, "refresh_every": every})
         tasks = [node.task for node in built.nodes if isinstance(node.task, TrainTask)]
         assert {t.epoch for t in tasks if t.block == 0 and t.stream} == epochs, kind
@@ -132,7 +137,12 @@ def test_needed_walks_back_from_the_goals_and_stops_at_commits() -> None:
     assert built.needed(lambda artifact: True) == []
     results = {a.path for n in built.nodes for a in n.makes if a.kind == "quantized"}
     left = {n.name for n in built.needed(lambda artifact: artifact.path in results)}
-    assert left == {"merge/model.safetensors", "evaluate/full_precision/news", "evaluate/round_to_nearest/news", "evaluate/quantized/news"}
+    assert left == {
+        "merge/model.safetensors",
+        "evaluate/full_precision/news",
+        "evaluate/round_to_nearest/news",
+        "evaluate/quantized/news",
+    }
 
 
 def test_needed_redoes_deleted_activations_only_where_they_are_read() -> None:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +70,10 @@ def test_two_actors_give_the_bytes_of_one_process_and_train_two_blocks_at_once(
 
 
 @pytest.fixture
-def killed_run(model: Path, short_text: Path, tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+def killed_run(model: Path, short_text: Path, tmp_path: Path) -> tuple[Path, Path]:
     """Config and run directory of a run that tests kill."""
     tree = tiny_tree(model, short_text, tmp_path / "run", cluster={"workers": 2}, **SIZE)
-    yield write_config(tmp_path / "config.yaml", tree), tmp_path / "run"
+    return write_config(tmp_path / "config.yaml", tree), tmp_path / "run"
 
 
 def wait_for_commits(run_folder: Path, pattern: str, count: int, process: subprocess.Popen[bytes]) -> None:

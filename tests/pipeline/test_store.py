@@ -201,6 +201,11 @@ def left_behind(store: Store, key: str) -> bytes | None:
         return None
 
 
+# A handle whose destructor still tries to publish says so in a warning.
+quietly = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+
+
+@quietly
 @pytest.mark.parametrize("old", [None, b"the old one"], ids=["new", "overwrite"])
 def test_producer_that_fails_never_publishes_a_whole_object(store: Store, old: bytes | None) -> None:
     """An object store keeps what it had. A disk and memory hold a torn object, which is why there are commit records."""
@@ -213,6 +218,7 @@ def test_producer_that_fails_never_publishes_a_whole_object(store: Store, old: b
     assert store.get("a") == b"whole"
 
 
+@quietly
 @pytest.mark.s3
 @pytest.mark.parametrize("old", [None, b"the old one"], ids=["new", "overwrite"])
 def test_failed_multipart_upload_is_given_up(s3_url: str, old: bytes | None) -> None:
