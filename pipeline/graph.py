@@ -270,7 +270,11 @@ class Builder:
         weights = [self.inputs.outer_digest, *self.inputs.block_digests]
         for file, names, blocks in self.inputs.shards:
             results = {block: self.quantized[block] for block in blocks}
-            key = self.key("shard", file=file, names=names, results=[a.key for a in results.values()], weights=weights)
+            # A shard is a place, too: the same weights merged elsewhere are another artifact.
+            place = self.config.outputs.checkpoint
+            key = self.key(
+                "shard", file=file, place=place, names=names, results=[a.key for a in results.values()], weights=weights
+            )
             out = Artifact("shard", file.removesuffix(".safetensors"), key)
             task = MergeTask(file, names, results, out)
             reads = tuple(results.values())

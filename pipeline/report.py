@@ -32,12 +32,13 @@ def artifacts_of(finished: Finished, kind: str) -> list[Artifact]:
 
 
 def perplexities(finished: Finished) -> dict[str, dict[str, float]]:
-    """By variant and text."""
+    """By variant and text, of what is evaluated: `lsi merge` may come before the evaluation."""
     found: dict[str, dict[str, float]] = {}
-    artifacts = artifacts_of(finished, "evaluation")
-    for artifact, record in zip(artifacts, records(finished.prepared.store, artifacts), strict=True):
-        variant, _, text = artifact.name.partition("-")
-        found.setdefault(variant, {})[text] = record.meta["perplexity"]
+    for artifact in artifacts_of(finished, "evaluation"):
+        record = read_record(finished.prepared.store, artifact)
+        if record is not None:
+            variant, _, text = artifact.name.partition("-")
+            found.setdefault(variant, {})[text] = record.meta["perplexity"]
     return found
 
 
@@ -128,7 +129,7 @@ def publish_checkpoint(finished: Finished) -> None:
     blocks = block_reports(finished)
     linears = quantized_linears(prepared.skeleton, prepared.config.scheme.skip)
     shards = records(prepared.store, artifacts_of(finished, "shard"))
-    table = perplexities(finished) if _evaluated(finished) else {}
+    table = perplexities(finished)
     manifest = {
         "identity": recipe_of(prepared),
         "perplexity": table,
@@ -145,17 +146,12 @@ def publish_checkpoint(finished: Finished) -> None:
     publish(prepared.checkpoint, prepared.source, shards, config, extra)
 
 
-def _evaluated(finished: Finished) -> bool:
-    goals = {a.path for a in finished.graph.goals}
-    return all(a.path in goals for a in artifacts_of(finished, "evaluation"))
-
-
 def write_result(finished: Finished) -> dict[str, Any]:
     """`result.json` and `manifest.json` in the run directory. Returns the result."""
     prepared = finished.prepared
     blocks = block_reports(finished)
     result = {
-        "perplexity": perplexities(finished) if _evaluated(finished) else {},
+        "perplexity": perplexities(finished),
         "checkpoint": prepared.checkpoint.url,
         "scheme": scheme_words(prepared),
         "flagged_blocks": flagged(blocks),

@@ -32,16 +32,16 @@ class Silent:
         pass
 
 
-def tiny_tree(model: Path | str, text: Path | str, run: Path | str, **sections: Any) -> dict[str, Any]:
+def tiny_tree(model_folder: Path | str, text: Path | str, run_folder: Path | str, **sections: Any) -> dict[str, Any]:
     """A run of seconds: 6 samples of 16 tokens in chunks of 4, two epochs, W3 in groups of 32."""
     tree: dict[str, Any] = {
-        "model": {"source": str(model)},
+        "model": {"source": str(model_folder)},
         "data": {"source": str(text), "samples": 6, "sequence_length": 16},
         "scheme": {"bits": 3, "group_size": 32},
         "method": {"increment": "dense"},
         "optimizer": {"epochs": 2},
         "compute": {"dtype": "float32"},
-        "storage": {"run": str(run), "chunk_samples": 4},
+        "storage": {"run": str(run_folder), "chunk_samples": 4},
         "evaluation": {"texts": {"news": str(text)}, "windows": 2, "length": 16},
     }
     for name, section in sections.items():
@@ -49,8 +49,8 @@ def tiny_tree(model: Path | str, text: Path | str, run: Path | str, **sections: 
     return tree
 
 
-def tiny_config(model: Path | str, text: Path | str, run: Path | str, **sections: Any) -> RunConfig:
-    return parse_config(tiny_tree(model, text, run, **sections))
+def tiny_config(model_folder: Path | str, text: Path | str, run_folder: Path | str, **sections: Any) -> RunConfig:
+    return parse_config(tiny_tree(model_folder, text, run_folder, **sections))
 
 
 def run(
