@@ -1,6 +1,7 @@
 """Whole runs in one process: what comes out, that it is the same every time, and that nothing committed is done again."""
 
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -288,3 +289,55 @@ def test_a_driver_that_dies_in_the_merge_leaves_no_checkpoint_to_see(
     assert not store.exists("checkpoint/config.json")
     run(config)
     assert checkpoint_hashes(store.child("checkpoint")) == before
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte, really full when it is full."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mount.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(model: Path, short_text: Path, small_disk: Path) -> None:
+    config = tiny_config(model, short_text, small_disk / "run", data={"samples": 64, "sequence_length": 32})
+    report = Silent()
+    with pytest.raises(StoppedError, match="no room left"):
+        run(config, report)
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    again = Silent()
+    finished, _ = run(config, again)
+    assert report.units
+    assert not set(report.units) & set(again.units)
+    assert finished.prepared.checkpoint.exists("config.json")
+
+
+def test_a_loss_that_is_not_finite_is_recorded_and_the_block_keeps_its_start(
+    model: Path, short_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third step of every block meets a NaN, as an overflow in the backward pass would make it."""
+    from lsi import reconstruct
+
+    calls = 0
+    plain = reconstruct.reconstruction_loss
+
+    def broken(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return plain(output, target) * (float("nan") if calls % 3 == 0 else 1.0)
+
+    monkeypatch.setattr(reconstruct, "reconstruction_loss", broken)
+    finished, result = run(tiny_config(model, short_text, tmp_path / "run"))
+    assert result["flagged_blocks"] == [0, 1, 2]
+    for block in result_blocks(finished):
+        assert block["status"] == "non_finite"
+        assert block["loss"] is not None
+        assert block["loss"] <= block["initial_loss"]
+    card = finished.prepared.checkpoint.get("README.md").decode()
+    assert "Blocks 0, 1, 2 met non-finite losses" in card
