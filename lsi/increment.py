@@ -77,7 +77,7 @@ KINDS: dict[str, Maker] = {
     "dense": DenseIncrement,
 }
 # Steps per kind, found by measuring (benchmarks/results): absolute on singular values, in grid steps for dense.
-DEFAULT_LEARNING_RATE = {"none": 1.0, "diagonal": 2e-2, "dense": 2e-2}
+DEFAULT_LEARNING_RATE = {"none": 1.0, "diagonal": 2e-2, "dense": 1e-2}
 
 
 def make_increment(kind: str, weight: Float[Tensor, "out in"], step: Float[Tensor, "out groups"]) -> nn.Module:

@@ -71,6 +71,10 @@ class MethodConfig(Section):
     increment: Literal["none", "diagonal", "dense"] = Field(
         "diagonal", description="M in W' = W + U M Vh: none, diagonal (LSI), dense (every weight)"
     )
+    loss: Literal["relative", "mse"] = Field(
+        "relative",
+        description="error of a block's outputs, each token divided by its own size, or as in the papers not divided",
+    )
 
 
 class OptimizerConfig(Section):
@@ -82,7 +86,7 @@ class OptimizerConfig(Section):
     batch_size: int = Field(2, ge=1, description="sequences a step")
     clipping_learning_rate: float = Field(1e-1, gt=0, description="for the clipping bounds, before their sigmoid")
     increment_learning_rate: float | None = Field(
-        None, gt=0, description="diagonal: on singular values; dense: in grid steps. Default by kind: 2e-2 both"
+        None, gt=0, description="diagonal: on singular values; dense: in grid steps. Default by kind: 2e-2 and 1e-2"
     )
     seed: int = Field(0, description="order of the samples")
 

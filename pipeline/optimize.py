@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lsi.block import load_quantized, round_block, run_block
 from lsi.grid import Grid, QuantizedWeight
 from lsi.increment import DEFAULT_LEARNING_RATE
-from lsi.reconstruct import Method, Reconstruction
+from lsi.reconstruct import Method, Reconstruction, token_losses
 from pipeline.artifacts import Artifact, Writer, read_record, read_tensors
 from pipeline.capture import write_chunk
 from pipeline.config import RunConfig
@@ -57,6 +57,7 @@ def make_method(context: Context) -> Method:
         increment_learning_rate=config.optimizer.increment_learning_rate or DEFAULT_LEARNING_RATE[kind],
         total_steps=config.optimizer.epochs * steps_per_epoch(config),
         scale_dtype=context.dtype,
+        loss=config.method.loss,
         autocast=context.autocast,
     )
 
@@ -170,15 +171,16 @@ class TrainTask:
 
     @torch.no_grad()
     def _measure(self, worker: Worker, weights: Mapping[str, QuantizedWeight], stream: Artifact | None) -> float:
-        """Mean squared error of the block as a loader would compute it, over all samples; writes the outputs to `stream`."""
+        """Mean loss of the block as a loader would compute it, over all samples; writes the outputs to `stream`."""
         block = copy.deepcopy(worker.block(self.block))
         load_quantized(block, weights)
         writer = Writer(worker.store, stream) if stream else None
         error, count = 0.0, 0
         for chunk, inputs, targets in self._pass(worker):
             output = run_block(block, inputs, worker.arguments(self.block, inputs.shape[1]))
-            error += float((output.float() - targets.float()).square().sum(dtype=torch.float64))
-            count += output.numel()
+            losses = token_losses(output, targets, worker.config.method.loss)
+            error += float(losses.sum(dtype=torch.float64))
+            count += losses.numel()
             if writer:
                 write_chunk(writer, stream_file(chunk), output)
         if writer:

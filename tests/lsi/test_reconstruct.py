@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lsi.block import load_quantized, round_block, run_block
 from lsi.grid import Grid
-from lsi.reconstruct import Method, Reconstruction, cosine, reconstruction_loss
+from lsi.reconstruct import Method, Reconstruction, cosine, token_losses
 
 METHOD = Method(
     grid=Grid(2, 32, symmetric=False),
@@ -75,7 +75,11 @@ def loaded_loss(reconstruction: Reconstruction, task: Task) -> float:
     layer = make_layer()
     load_quantized(layer, reconstruction.quantized())
     with torch.no_grad():
-        return reconstruction_loss(run_block(layer, task.inputs, task.arguments), task.targets).item()
+        return (
+            token_losses(run_block(layer, task.inputs, task.arguments), task.targets, reconstruction.method.loss)
+            .mean()
+            .item()
+        )
 
 
 @WAY
@@ -100,11 +104,25 @@ def test_the_loss_returned_is_that_of_the_codes_before_the_step(way: str) -> Non
 # --- equals a reference -----------------------------------------------------------------------------------------------
 
 
-def test_loss_is_the_mean_square_in_float32() -> None:
-    output, target = torch.tensor([[1.0, 2.0]]).bfloat16(), torch.tensor([[0.0, 4.0]])
-    loss = reconstruction_loss(output, target)
-    assert loss.dtype == torch.float32
-    assert loss.item() == 2.5
+def test_losses_are_means_over_channels_in_float32() -> None:
+    output = torch.tensor([[[1.0, 2.0], [300.0, 400.0]]]).bfloat16()
+    target = torch.tensor([[[0.0, 4.0], [0.0, 400.0]]])
+    plain = token_losses(output, target, "mse")
+    assert plain.dtype == torch.float32
+    assert plain.tolist() == [[2.5, 45000.0]]
+    assert token_losses(output, target, "relative").tolist() == [[2.5 / 8, 45000.0 / 80000]]
+
+
+def test_the_relative_loss_does_not_depend_on_a_tokens_size() -> None:
+    generator = torch.Generator().manual_seed(0)
+    output, target = (torch.randn(1, 3, 8, generator=generator) for _ in range(2))
+    sizes = torch.tensor([1.0, 1024.0, 2.0**-10])[None, :, None]
+    expected = token_losses(output, target, "relative")
+    assert torch.equal(token_losses(output * sizes, target * sizes, "relative"), expected)
+
+
+def test_a_token_of_zeros_has_a_finite_relative_loss() -> None:
+    assert torch.isfinite(token_losses(torch.ones(1, 1, 4), torch.zeros(1, 1, 4), "relative")).all()
 
 
 def test_cosine_falls_from_one_to_zero() -> None:
