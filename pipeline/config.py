@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -145,7 +145,9 @@ class OutputConfig(Section):
 class EvaluationConfig(Section):
     """Perplexity before the merge; written to the model card."""
 
-    texts: dict[str, str] = Field(default={}, description="name: text file or hub data set")
+    texts: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")], str] = Field(
+        default={}, description="name (letters, digits, _ . -): text file, or hub data set as id:subset:split"
+    )
     windows: int = Field(16, ge=1)
     length: int = Field(512, ge=2)
     baselines: list[Literal["full_precision", "round_to_nearest"]] = Field(

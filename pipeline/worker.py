@@ -175,19 +175,20 @@ def make_handler(context: Context, name: str) -> Callable[[Task], dict[str, Any]
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     worker = Worker(context, name)
+    return lambda task: handle_unit(task, worker)
 
-    def handle(task: Task) -> dict[str, Any]:
-        started = time.time()
-        try:
-            result = task(worker)
-        except CorruptArtifactError as error:
-            discard(worker.store, error.artifact)
-            raise UnitError("replan", str(error)) from error
-        except (UserError, StorageFullError, PermissionError) as error:
-            raise UnitError("fatal", str(error)) from error
-        return result | stamp(worker.name, started)
 
-    return handle
+def handle_unit(task: Task, worker: Worker) -> dict[str, Any]:
+    """Run one unit; what went wrong is told apart by what cures it. Raises UnitError."""
+    started = time.time()
+    try:
+        result = task(worker)
+    except CorruptArtifactError as error:
+        discard(worker.store, error.artifact)
+        raise UnitError("replan", str(error)) from error
+    except (UserError, StorageFullError, PermissionError) as error:
+        raise UnitError("fatal", str(error)) from error
+    return result | stamp(worker.name, started)
 
 
 def stamp(worker: str, started: float) -> dict[str, Any]:
