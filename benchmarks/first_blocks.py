@@ -1,0 +1,173 @@
+"""A quick look at settings: quantize the first blocks of SmolLM2-135M in one process, leave the others in full precision.
+
+    python benchmarks/first_blocks.py --blocks 14 --epochs 2 --loss relative --schedule wave
+
+Prints one JSON line: perplexities on the third split (windows 16 to 31 of the held-out Wikipedia text and of the news; the
+first 16 are the test), final losses and seconds. Minutes instead of the quickstart's full run, and no actors in the way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lsi.block import linear_names, load_quantized, run_block
+from lsi.grid import Grid, QuantizedWeight
+from lsi.increment import DEFAULT_LEARNING_RATE, KINDS
+from lsi.reconstruct import Method, Reconstruction, token_losses
+from pipeline.config import DataConfig, ScheduleConfig
+from pipeline.data import calibration_tokens, evaluation_tokens
+from pipeline.gguf_import import import_gguf
+from pipeline.graph import input_epoch
+from pipeline.model_source import ModelSource, open_model
+from pipeline.optimize import permutation
+from pipeline.perplexity import negative_log_likelihood, perplexity
+from pipeline.sample_material import MODEL_FILE
+from pipeline.skeleton import load_block, load_surroundings, make_skeleton
+from pipeline.store import open_store
+
+ASSETS = Path(__file__).parent.parent / "assets"
+CHUNK, LENGTH, WINDOWS = 8, 512, 16
+
+
+class Trial:
+    """One setting on one model."""
+
+    def __init__(self, source: ModelSource, options: argparse.Namespace) -> None:
+        self.options = options
+        self.source = source
+        self.skeleton = make_skeleton(source.config)
+        self.surroundings = load_surroundings(self.skeleton, source, torch.bfloat16)
+        self.arguments = self.surroundings.arguments(LENGTH)
+        self.tokenizer = source.tokenizer()
+        self.schedule = ScheduleConfig(kind=options.schedule, refresh_every=options.refresh_every)
+        text = DataConfig(
+            source=str(ASSETS / "wikipedia-calibration.txt"), samples=options.samples, sequence_length=LENGTH
+        )
+        tokens = calibration_tokens(self.tokenizer, text)
+        batches = [tokens[start : start + CHUNK].long() for start in range(0, len(tokens), CHUNK)]
+        self.boundaries = [[self.surroundings.embed(batch) for batch in batches]]
+        for block in range(options.blocks):
+            self.boundaries.append(self.apply(self.block(block), block, self.boundaries[-1]))
+        self.training: dict[int, Reconstruction] = {}
+        self.streams: dict[tuple[int, int], list[Tensor]] = {}
+        self.finished: dict[int, nn.Module] = {}
+        self.losses: dict[int, float] = {}
+
+    def block(self, index: int) -> nn.Module:
+        return load_block(self.skeleton, self.source, index, torch.bfloat16)
+
+    @torch.no_grad()
+    def apply(self, block: nn.Module, index: int, chunks: list[Tensor]) -> list[Tensor]:
+        return [run_block(block, chunk, self.arguments[index]) for chunk in chunks]
+
+    def quantized_block(self, index: int, weights: dict[str, QuantizedWeight]) -> nn.Module:
+        block = self.block(index)
+        load_quantized(block, weights)
+        return block
+
+    def begin(self, index: int) -> Reconstruction:
+        options = self.options
+        names = linear_names(self.skeleton.blocks[index], self.skeleton.block_prefix(index), [])
+        method = Method(
+            grid=Grid(options.bits, options.group_size, options.symmetric),
+            clipping=True,
+            increment=options.increment,
+            clipping_learning_rate=options.clipping_rate,
+            increment_learning_rate=options.increment_rate or DEFAULT_LEARNING_RATE[options.increment],
+            total_steps=options.epochs * -(-CHUNK // options.batch) * len(self.boundaries[0]),
+            scale_dtype=torch.bfloat16,
+            loss=options.loss,
+            autocast=torch.bfloat16,
+        )
+        return Reconstruction(self.block(index), names, method)
+
+    def epoch(self, index: int, epoch: int) -> None:
+        """Train one block for one epoch, and keep its outputs."""
+        training = self.training.setdefault(index, self.begin(index)) if epoch == 0 else self.training[index]
+        source = input_epoch(self.schedule, epoch, self.options.epochs)
+        inputs = self.boundaries[index] if index == 0 or source is None else self.streams[index - 1, source]
+        targets = self.boundaries[index + 1]
+        for chunk in permutation(len(inputs), self.options.seed, index, epoch):
+            order = permutation(len(inputs[chunk]), self.options.seed, index, epoch, chunk)
+            for start in range(0, len(order), self.options.batch):
+                batch = order[start : start + self.options.batch]
+                training.step(inputs[chunk][batch], targets[chunk][batch], self.arguments[index])
+        block = self.quantized_block(index, training.quantized())
+        self.streams[index, epoch] = outputs = self.apply(block, index, inputs)
+        if epoch == self.options.epochs - 1:
+            pairs = zip(outputs, targets, strict=True)
+            self.losses[index] = sum(float(token_losses(o, t, self.options.loss).mean()) for o, t in pairs) / len(
+                inputs
+            )
+            self.finished[index] = block
+            del self.training[index]
+
+    def run(self) -> None:
+        """All units in an order that every schedule's dependencies allow."""
+        epochs, blocks = range(self.options.epochs), range(self.options.blocks)
+        if self.options.schedule == "parallel":
+            for epoch in epochs:
+                for index in blocks:
+                    self.epoch(index, epoch)
+                    self.streams.pop((index, epoch - 2), None)
+            return
+        for index in blocks:
+            for epoch in epochs:
+                self.epoch(index, epoch)
+                self.streams.pop((index - 1, epoch), None) if self.options.schedule == "wave" else None
+
+    @torch.no_grad()
+    def perplexity(self, file: str) -> float:
+        tokens = evaluation_tokens(self.tokenizer, str(ASSETS / file), 1 << 30)
+        windows = tokens[WINDOWS * LENGTH : 2 * WINDOWS * LENGTH].view(WINDOWS, 1, LENGTH).long()
+        hidden = [self.surroundings.embed(window) for window in windows]
+        for index in range(len(self.skeleton)):
+            hidden = self.apply(self.finished.get(index) or self.block(index), index, hidden)
+        total = sum(
+            negative_log_likelihood(self.surroundings.logits(w, h), w) for w, h in zip(windows, hidden, strict=True)
+        )
+        return perplexity(total, WINDOWS, LENGTH)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=8, help="how many to quantize; 0: full precision")
+    parser.add_argument("--bits", type=int, default=3)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--symmetric", action="store_true")
+    parser.add_argument("--increment", choices=sorted(KINDS), default="dense")
+    parser.add_argument("--increment-rate", type=float)
+    parser.add_argument("--clipping-rate", type=float, default=1e-1)
+    parser.add_argument("--loss", choices=["relative", "mse"], default="relative")
+    parser.add_argument("--schedule", choices=["sequential", "parallel", "wave"], default="sequential")
+    parser.add_argument("--refresh-every", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        model = open_store(scratch)
+        import_gguf(str(ASSETS / MODEL_FILE), {}, model, torch.bfloat16)
+        began = time.monotonic()
+        trial = Trial(open_model(model), options)
+        trial.run()
+        seconds = time.monotonic() - began
+        found = {"wikipedia": trial.perplexity("wikipedia-heldout.txt"), "news": trial.perplexity("news.txt")}
+    print(json.dumps({"settings": vars(options), **found, "losses": trial.losses, "seconds": round(seconds)}))
+
+
+if __name__ == "__main__":
+    main()

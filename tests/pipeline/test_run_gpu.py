@@ -1,0 +1,41 @@
+"""The same runs on a CUDA device."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from running import checkpoint_hashes, run, tiny_config
+
+from pipeline.report import block_reports
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, this machine has none"),
+]
+
+
+@pytest.mark.parametrize("increment", ["diagonal", "dense"])
+def test_a_run_on_the_gpu_improves_and_repeats_to_the_byte(
+    tiny_model: Callable[..., Path], short_text: Path, tmp_path: Path, increment: str
+) -> None:
+    model = tiny_model(tmp_path / "model", dtype="bfloat16")
+    hashes = []
+    for name in ("one", "two"):
+        sections = {"compute": {"device": "cuda", "dtype": "auto"}, "method": {"increment": increment}}
+        finished, _ = run(tiny_config(model, short_text, tmp_path / name, **sections))
+        for block in block_reports(finished):
+            assert block["status"] == "ok"
+            assert block["loss"] <= block["initial_loss"]
+        hashes.append(checkpoint_hashes(finished.prepared.checkpoint))
+    assert hashes[0] == hashes[1]
+
+
+def test_the_gpu_agrees_with_the_cpu(tiny_model: Callable[..., Path], short_text: Path, tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model")
+    losses = {}
+    for device in ("cpu", "cuda"):
+        finished, _ = run(tiny_config(model, short_text, tmp_path / device, compute={"device": device}))
+        losses[device] = [block["loss"] for block in block_reports(finished)]
+    # Rounding to the grid turns last-bit differences into whole steps of single weights.
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.05)
