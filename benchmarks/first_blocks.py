@@ -46,7 +46,7 @@ class Trial:
         self.surroundings = load_surroundings(self.skeleton, source, torch.bfloat16)
         self.arguments = self.surroundings.arguments(LENGTH)
         self.tokenizer = source.tokenizer()
-        self.schedule = ScheduleConfig(kind=options.schedule, refresh_every=options.refresh_every)
+        self.schedule = ScheduleConfig(kind=options.schedule, refresh_every=options.refresh_every, lead=options.lead)
         text = DataConfig(
             source=str(ASSETS / "wikipedia-calibration.txt"), samples=options.samples, sequence_length=LENGTH
         )
@@ -121,7 +121,8 @@ class Trial:
         for index in blocks:
             for epoch in epochs:
                 self.epoch(index, epoch)
-                self.streams.pop((index - 1, epoch), None) if self.options.schedule == "wave" else None
+            for epoch in epochs:
+                self.streams.pop((index - 1, epoch), None)
 
     @torch.no_grad()
     def perplexity(self, file: str) -> float:
@@ -148,6 +149,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--loss", choices=["relative", "mse"], default="relative")
     parser.add_argument("--schedule", choices=["sequential", "parallel", "wave"], default="sequential")
     parser.add_argument("--refresh-every", type=int, default=1)
+    parser.add_argument("--lead", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--samples", type=int, default=64)

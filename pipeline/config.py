@@ -101,6 +101,9 @@ class ScheduleConfig(Section):
     refresh_every: int = Field(
         1, ge=0, description="parallel and wave: renew the inputs every k-th epoch; 0: never (full-precision inputs)"
     )
+    lead: int = Field(
+        0, ge=0, description="wave: how many epochs the block before is ahead; epochs / (lead + 1) blocks train at once"
+    )
 
 
 class ClusterConfig(Section):
@@ -176,6 +179,10 @@ class RunConfig(Section):
             raise ValueError(
                 f"optimizer.batch_size {self.optimizer.batch_size} is larger than storage.chunk_samples {self.storage.chunk_samples}: "
                 "a batch is taken from one chunk"
+            )
+        if self.schedule.lead and self.schedule.kind != "wave":
+            raise ValueError(
+                f"schedule.lead {self.schedule.lead} means nothing for {self.schedule.kind}: set schedule.kind to wave"
             )
         if self.optimizer.epochs and self.method.clipping == "none" and self.method.increment == "none":
             raise ValueError(

@@ -110,14 +110,17 @@ class Inputs:
 def input_epoch(schedule: ScheduleConfig, epoch: int, epochs: int) -> int | None:
     """The epoch after which the block before is taken, for the inputs of `epoch`; None: the full-precision stream.
 
-    sequential: the last. parallel: the one before the latest refresh. wave: the one of the latest refresh.
+    sequential: the last. parallel: the one before the latest refresh. wave: the one of the latest refresh, or `lead` epochs
+    later, so that a block's last epochs train on inputs that have settled.
     """
     if schedule.kind == "sequential":
         return epochs - 1
-    refresh = epoch // schedule.refresh_every * schedule.refresh_every if schedule.refresh_every else None
+    if not schedule.refresh_every:
+        return None
+    refresh = epoch // schedule.refresh_every * schedule.refresh_every
     if schedule.kind == "parallel":
         return refresh - 1 if refresh else None
-    return refresh
+    return min(refresh + schedule.lead, epochs - 1)
 
 
 def comparison(schedule: ScheduleConfig, epoch: int, epochs: int) -> Comparison:

@@ -108,16 +108,18 @@ class TrainTask:
             initial = self._measure(worker, trained.initial, None)
             best = Best("initial", initial, None, initial)
         mean_loss = self._train(worker, trained.reconstruction)
-        now = trained.reconstruction.quantized()
-        # A stream of the last epoch must come from the result, which is not known before it is measured.
         last = self.quantized is not None
-        loss = self._measure(worker, now, None if last else self.stream)
-        if best is not None and loss < best.loss:
-            best = Best(f"epoch {self.epoch}", loss, now, best.initial_loss)
+        loss = None
+        if self.stream is not None or best is not None:
+            now = trained.reconstruction.quantized()
+            # A stream of the last epoch must come from the result, which is not known before it is measured.
+            loss = self._measure(worker, now, None if last else self.stream)
+            if best is not None and loss < best.loss:
+                best = Best(f"epoch {self.epoch}", loss, now, best.initial_loss)
         entry = {
             "epoch": self.epoch,
             "training_loss": number(mean_loss),
-            "loss": number(loss),
+            "loss": None if loss is None else number(loss),
             "status": trained.reconstruction.status,
             "steps": trained.reconstruction.steps_done,
         } | stamp(worker.name, started)

@@ -55,10 +55,14 @@ def dependencies(built: Graph) -> dict[str, set[str]]:
         ("parallel", 0, [None, None, None, None]),
         ("wave", 1, [0, 1, 2, 3]),
         ("wave", 2, [0, 0, 2, 2]),
+        ("wave+1", 1, [1, 2, 3, 3]),
+        ("wave+3", 1, [3, 3, 3, 3]),
+        ("wave+1", 2, [1, 1, 3, 3]),
     ],
 )
 def test_schedule_says_which_state_of_the_block_before_is_the_input(kind: str, every: int, expected: list[Any]) -> None:
-    schedule = ScheduleConfig.model_validate({"kind": kind, "refresh_every": every})
+    kind, _, lead = kind.partition("+")
+    schedule = ScheduleConfig.model_validate({"kind": kind, "refresh_every": every, "lead": int(lead or 0)})
     assert [input_epoch(schedule, epoch, 4) for epoch in range(4)] == expected
 
 
@@ -102,6 +106,13 @@ def test_sequential_waits_for_the_finished_block_before() -> None:
 def test_wave_waits_for_the_same_epoch_of_the_block_before() -> None:
     found = dependencies(graph(schedule={"kind": "wave"}))
     assert {"optimize/000/001", "optimize/001/000"} <= found["optimize/001/001"]
+
+
+def test_wave_with_a_lead_waits_for_a_later_epoch_of_the_block_before() -> None:
+    found = dependencies(graph(schedule={"kind": "wave", "lead": 1}))
+    assert "optimize/000/001" in found["optimize/001/000"]
+    assert "optimize/000/002" in found["optimize/001/001"]
+    assert "optimize/000/002" in found["optimize/001/002"]
 
 
 def test_never_refreshed_blocks_do_not_wait_for_each_other() -> None:

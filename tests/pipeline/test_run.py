@@ -64,7 +64,16 @@ def test_no_training_is_round_to_nearest_and_the_file_holds_the_artifacts(
         assert zero is None if symmetric else torch.equal(zero, weight.zero_point)
 
 
-@pytest.mark.parametrize("schedule", ["sequential", "parallel", "wave"])
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "sequential": {"kind": "sequential"},
+    "parallel": {"kind": "parallel"},
+    "never-refreshed": {"kind": "parallel", "refresh_every": 0},
+    "wave": {"kind": "wave"},
+    "wave-with-lead": {"kind": "wave", "lead": 1},
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_training_beats_round_to_nearest_and_the_loader_agrees(
     model: Path, short_text: Path, tmp_path: Path, schedule: str
 ) -> None:
@@ -72,7 +81,7 @@ def test_training_beats_round_to_nearest_and_the_loader_agrees(
         model,
         short_text,
         tmp_path / "run",
-        schedule={"kind": schedule},
+        schedule=SCHEDULES[schedule],
         data={"samples": 16},
         optimizer={"epochs": 6},
         evaluation={"texts": {"news": str(short_text)}, "windows": 4, "length": 64},
@@ -112,13 +121,13 @@ def test_the_same_run_again_gives_the_same_bytes(model: Path, short_text: Path, 
     assert checkpoint_hashes(first.prepared.checkpoint) == checkpoint_hashes(second.prepared.checkpoint)
 
 
-@pytest.mark.parametrize("schedule", ["sequential", "parallel", "wave"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_stopped_anywhere_it_goes_on_to_the_same_bytes_and_redoes_nothing(
     model: Path, short_text: Path, tmp_path: Path, schedule: str
 ) -> None:
     """A new driver every few units: each takes up what the last one left."""
-    undisturbed, _ = run(tiny_config(model, short_text, tmp_path / "one", schedule={"kind": schedule}))
-    config = tiny_config(model, short_text, tmp_path / "two", schedule={"kind": schedule})
+    undisturbed, _ = run(tiny_config(model, short_text, tmp_path / "one", schedule=SCHEDULES[schedule]))
+    config = tiny_config(model, short_text, tmp_path / "two", schedule=SCHEDULES[schedule])
     done: list[str] = []
     for _ in range(100):
         report = Silent()
