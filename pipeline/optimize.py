@@ -108,14 +108,18 @@ class TrainTask:
             initial = self._measure(worker, trained.initial, None)
             best = Best("initial", initial, None, initial)
         mean_loss = self._train(worker, trained.reconstruction)
-        last = self.quantized is not None
+        stream = Writer(worker.store, self.stream) if self.stream else None
         loss = None
-        if self.stream is not None or best is not None:
+        if stream or best:
             now = trained.reconstruction.quantized()
-            # A stream of the last epoch must come from the result, which is not known before it is measured.
-            loss = self._measure(worker, now, None if last else self.stream)
-            if best is not None and loss < best.loss:
+            loss = self._measure(worker, now, stream)
+            if best and loss < best.loss:
                 best = Best(f"epoch {self.epoch}", loss, now, best.initial_loss)
+            elif best and stream and self.quantized:
+                # The last stream is the result's, and the result is an earlier state.
+                self._measure(worker, best.weights or trained.initial, stream)
+        if stream:
+            stream.commit({"loss": loss and number(loss)})
         entry = {
             "epoch": self.epoch,
             "training_loss": number(mean_loss),
@@ -124,9 +128,9 @@ class TrainTask:
             "steps": trained.reconstruction.steps_done,
         } | stamp(worker.name, started)
         history = [*history, entry]
-        if last:
+        if self.quantized is not None:
             assert best is not None
-            return self._finish(worker, trained, best, history)
+            return self._finish(worker, self.quantized, trained, best, history)
         return self._hand_on(worker, trained, best, history)
 
     def _take_up(self, worker: Worker) -> tuple[Trained, Best | None, list[dict[str, Any]]]:
@@ -172,21 +176,18 @@ class TrainTask:
         return worker.chunks.get(self.inputs[chunk]), worker.chunks.get(self.targets[chunk])
 
     @torch.no_grad()
-    def _measure(self, worker: Worker, weights: Mapping[str, QuantizedWeight], stream: Artifact | None) -> float:
+    def _measure(self, worker: Worker, weights: Mapping[str, QuantizedWeight], stream: Writer | None) -> float:
         """Mean loss of the block as a loader would compute it, over all samples; writes the outputs to `stream`."""
         block = copy.deepcopy(worker.block(self.block))
         load_quantized(block, weights)
-        writer = Writer(worker.store, stream) if stream else None
         error, count = 0.0, 0
         for chunk, inputs, targets in self._pass(worker):
             output = run_block(block, inputs, worker.arguments(self.block, inputs.shape[1]))
             losses = token_losses(output, targets, worker.config.method.loss)
             error += float(losses.sum(dtype=torch.float64))
             count += losses.numel()
-            if writer:
-                write_chunk(writer, stream_file(chunk), output)
-        if writer:
-            writer.commit({"loss": number(error / count)})
+            if stream:
+                write_chunk(stream, stream_file(chunk), output)
         return error / count if math.isfinite(error) else math.inf
 
     def _pass(self, worker: Worker) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -206,19 +207,17 @@ class TrainTask:
         worker.held = (self.state.key, (trained, best))
         return {"loss": history[-1]["loss"], "status": history[-1]["status"]}
 
-    def _finish(self, worker: Worker, trained: Trained, best: Best, history: list[dict[str, Any]]) -> dict[str, Any]:
-        assert self.quantized is not None
-        weights = best.weights if best.weights is not None else trained.initial
-        if self.stream is not None:
-            self._measure(worker, weights, self.stream)
+    def _finish(
+        self, worker: Worker, out: Artifact, trained: Trained, best: Best, history: list[dict[str, Any]]
+    ) -> dict[str, Any]:
         meta = {
             "block": self.block,
             "status": trained.reconstruction.status,
             **best.meta(),
             "history": history,
         }
-        writer = Writer(worker.store, self.quantized)
-        writer.write_tensors(WEIGHTS_FILE, pack_weights(weights))
+        writer = Writer(worker.store, out)
+        writer.write_tensors(WEIGHTS_FILE, pack_weights(best.weights or trained.initial))
         writer.commit(meta)
         return {"loss": meta["loss"], "status": meta["status"]}
 

@@ -49,6 +49,8 @@ from pipeline.weights import InspectTask, block_tensors
 from pipeline.worker import Context, make_handler
 
 PLAN_FILE = "plan.json"
+# Healing one damaged artifact may uncover the next; storage that damages what is written would go on for ever.
+MOST_PLANS = 50
 OUTER = "outside the blocks"
 
 
@@ -285,7 +287,7 @@ class Driver:
     def complete(self, graph: Graph) -> int:
         """Run what is needed until the goals are committed. Returns how many units were there already. Raises StoppedError."""
         first: int | None = None
-        while True:
+        for _ in range(MOST_PLANS):
             needed = self.needed(graph)
             if first is None:
                 first = len(graph.nodes) - len(needed)
@@ -297,6 +299,10 @@ class Driver:
                 self.report.message(f"damaged, will be redone: {outcome.reason}")
             elif outcome.status != "done":
                 raise StoppedError(outcome.reason, interrupted=outcome.status == "interrupted")
+        raise StoppedError(
+            f"artifacts were found damaged in {MOST_PLANS} plans one after another, the last: {outcome.reason}; check the storage.",
+            interrupted=False,
+        )
 
     def _begin(self, graph: Graph, needed: list[Node]) -> None:
         left = {node.name for node in needed}
