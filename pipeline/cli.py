@@ -224,6 +224,9 @@ def evaluate(
     text: Annotated[
         list[str], typer.Option("--text", help="Text file, table or data set (id:subset:split). May be repeated.")
     ],
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="[TEXT]...", help="Further texts.", show_default=False)
+    ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Non-overlapping windows, from the text's start.")] = 16,
     length: Annotated[int, typer.Option(min=2, help="Tokens in each.")] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -234,7 +237,9 @@ def evaluate(
     from pipeline.evaluate_checkpoint import evaluate_checkpoint
 
     try:
-        found = evaluate_checkpoint(checkpoint, text, windows, length, device, show=sys.stderr.isatty())
+        found = evaluate_checkpoint(
+            checkpoint, [*text, *(more or [])], windows, length, device, show=sys.stderr.isatty()
+        )
     except UserError as error:
         fail(str(error), REFUSED)
     if as_json:

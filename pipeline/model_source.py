@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +101,7 @@ def hub_url(source: str, revision: str | None) -> str:
 
 def locate(model: ModelConfig, options: dict[str, Any]) -> Store:
     """The store that holds the model folder: an fsspec URL as it is, an existing path, or else a hub id."""
-    source = model.source
+    source = os.path.expanduser(model.source)
     if "://" in source or "::" in source:
         return open_store(source, options)
     if Path(source).exists():

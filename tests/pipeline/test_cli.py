@@ -136,6 +136,14 @@ def test_eval_prints_json_for_machines(finished: Finished, short_text: Path) -> 
     assert found["perplexity"][text] == pytest.approx(expected, rel=5e-3)
 
 
+def test_eval_takes_several_texts(finished: Finished, short_text: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(short_text.read_text()[1000:])
+    arguments = ["--text", str(short_text), str(other), "--windows", "2", "--length", "16", "--json"]
+    found = json.loads(lsi("eval", finished.prepared.checkpoint.url, *arguments).stdout)["perplexity"]
+    assert list(found) == [str(short_text), str(other)]
+
+
 def test_eval_of_an_unquantized_model(model: Path, finished: Finished, short_text: Path) -> None:
     text = str(short_text)
     found = json.loads(lsi("eval", str(model), "--text", text, "--windows", "2", "--length", "16", "--json").stdout)
