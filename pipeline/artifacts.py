@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,9 +94,6 @@ class Writer:
     def write_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         self.write(name, serialize(tensors))
 
-    def write_json(self, name: str, value: object) -> None:
-        self.write(name, [json.dumps(value, sort_keys=True, indent=1).encode()])
-
     def commit(self, meta: dict[str, Any]) -> Record:
         """Publish. The record carries a checksum of itself, so a torn one is recognised."""
         record = Record(self.artifact.key, self.files, meta)
@@ -154,10 +151,21 @@ def read_tensors(store: Store, artifact: Artifact, name: str) -> dict[str, Tenso
     return deserialize(read_file(store, artifact, name))
 
 
-def verify(store: Store, artifact: Artifact, record: Record) -> None:
-    """Read everything once. Raises CorruptArtifactError."""
-    for name in record.files:
-        read_file(store, artifact, name, record)
+def intact(store: Store, artifact: Artifact, say: Callable[[str], None] = lambda text: None) -> Record | None:
+    """The record of a committed artifact whose files have their sizes; None otherwise, what is damaged being cleared away."""
+    try:
+        record = read_record(store, artifact)
+        if record is None:
+            return None
+        sizes = store.list(artifact.path)
+        for name, (size, _) in record.files.items():
+            if sizes.get(f"{artifact.path}/{name}") != size:
+                raise CorruptArtifactError(artifact, f"{name} is missing or has another size than was committed")
+    except CorruptArtifactError as error:
+        say(f"damaged, will be redone: {error}")
+        discard(store, artifact)
+        return None
+    return record
 
 
 def discard(store: Store, artifact: Artifact) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -43,6 +44,14 @@ def fail(message: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
+def unexpected(error: Exception, resume: str = "") -> NoReturn:
+    """One line for what nobody foresaw; the traceback for those who ask."""
+    if os.environ.get("LSI_DEBUG"):
+        raise error
+    reason = (str(error).splitlines() or [""])[0]
+    fail(f"{type(error).__name__}: {reason} (LSI_DEBUG=1 shows where). {resume}".strip(), FAILED)
+
+
 def _escape(text: str) -> str:
     return text.replace("[", r"\[")
 
@@ -78,8 +87,8 @@ def quantize(config: ConfigArgument, overrides: SetOption = None) -> None:
     """
     from pipeline.config import load_config
 
-    arguments = [config, *(f"--set {o}" for o in overrides or [])]
-    run_command(lambda: load_config(config, overrides or []), f"lsi quantize {' '.join(arguments)}", merge_only=False)
+    again = shlex.join(["lsi", "quantize", config, *(part for o in overrides or [] for part in ("--set", o))])
+    run_command(lambda: load_config(config, overrides or []), again, merge_only=False)
 
 
 @app.command()
@@ -101,7 +110,7 @@ def merge(
         outputs = found.outputs.model_copy(update={"checkpoint": checkpoint or found.outputs.checkpoint})
         return found.model_copy(update={"storage": storage, "outputs": outputs})
 
-    run_command(load, f"lsi merge {run}", merge_only=True)
+    run_command(load, shlex.join(["lsi", "merge", run]), merge_only=True)
 
 
 def parse_options(texts: list[str]) -> dict[str, Any]:
@@ -114,10 +123,11 @@ def parse_options(texts: list[str]) -> dict[str, Any]:
 def run_command(load: Callable[[], Any], again: str, *, merge_only: bool) -> None:
     """Prepare, run, publish, and say how to go on whatever happens."""
     _quiet_libraries()
+    from pipeline.driver import StoppedError
+    from pipeline.prepare import prepare
     from pipeline.progress import make_reporter
     from pipeline.report import publish_checkpoint, write_result
-    from pipeline.run import StoppedError, inline_workers, prepare, ray_workers, run_to_goals
-    from pipeline.store import StorageFullError
+    from pipeline.run import inline_workers, ray_workers, run_to_goals
 
     resume = f"To go on from what is committed: {again}"
     with make_reporter() as reporter, stop_on_signals(reporter.message) as should_stop:
@@ -138,9 +148,9 @@ def run_command(load: Callable[[], Any], again: str, *, merge_only: bool) -> Non
         except KeyboardInterrupt:
             reporter.__exit__()
             fail(f"stopped at once. {resume}", INTERRUPTED)
-        except StorageFullError as error:
+        except Exception as error:  # storage and network raise what their clients raise
             reporter.__exit__()
-            fail(f"{error}: free some space. {resume}", FAILED)
+            unexpected(error, resume)
     show_result(result)
     if result["flagged_blocks"]:
         fail(f"blocks {result['flagged_blocks']} met non-finite losses and keep their best finite state", FLAGGED)
@@ -195,6 +205,8 @@ def status(
         found = read_status(open_store(run, parse_options(option or [])))
     except UserError as error:
         fail(str(error), REFUSED)
+    except Exception as error:
+        unexpected(error)
     print(json.dumps(found) if as_json else "\n".join(status_lines(found)))
 
 

@@ -180,6 +180,11 @@ class RunConfig(Section):
                 f"optimizer.batch_size {self.optimizer.batch_size} is larger than storage.chunk_samples {self.storage.chunk_samples}: "
                 "a batch is taken from one chunk"
             )
+        if self.compute.device == "cuda" and not self.cluster.gpus_per_worker:
+            raise ValueError(
+                "compute.device is cuda, but cluster.gpus_per_worker is 0, so that every worker would share the first GPU: "
+                "set cluster.gpus_per_worker to 1, or to a part of one"
+            )
         if self.schedule.lead and self.schedule.kind != "wave":
             raise ValueError(
                 f"schedule.lead {self.schedule.lead} means nothing for {self.schedule.kind}: set schedule.kind to wave"
@@ -192,9 +197,9 @@ class RunConfig(Section):
         return self
 
     def recipe(self) -> dict[str, Any]:
-        """All that decides the result's bytes; where it runs and where it is stored are left out."""
+        """All that decides the weights' bytes; where it runs, where it is stored and what it is measured on are left out."""
         whole = self.model_dump(mode="json")
-        del whole["cluster"], whole["outputs"]
+        del whole["cluster"], whole["outputs"], whole["evaluation"]
         whole["storage"] = {"chunk_samples": self.storage.chunk_samples}
         return whole
 

@@ -14,13 +14,11 @@ from pipeline.artifacts import Artifact
 from pipeline.config import RunConfig
 from pipeline.graph import Inputs, build_graph
 from pipeline.merge import checkpoint_layout, plan_shards, shard_file
-from pipeline.model_source import locate, open_model
+from pipeline.model_source import DTYPES, locate, open_model
 from pipeline.optimize import steps_per_epoch
-from pipeline.run import check_scheme
+from pipeline.prepare import check_scheme
 from pipeline.skeleton import Skeleton, make_skeleton
 from pipeline.tensors import layout_bytes
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def open_skeleton(config: RunConfig) -> tuple[Skeleton, torch.dtype]:
@@ -86,17 +84,17 @@ def estimate(config: RunConfig) -> dict[str, Any]:
             "one_boundary": boundary if config.optimizer.epochs else 0,
             "all_boundaries": boundary * (blocks + 1) if config.optimizer.epochs else 0,
             "one_block_state": 12 * trained if config.optimizer.epochs else 0,
-            "block_results": sum(size for _, size in _codes(skeleton, config)) * blocks,
+            "block_results": _codes(skeleton, config) * blocks,
             "checkpoint": sum(layout_bytes(sizes) for _, sizes in layout),
         },
     }
 
 
-def _codes(skeleton: Skeleton, config: RunConfig) -> list[tuple[str, int]]:
-    """Bytes of each linear's result: a byte a code (scales and zero points are small beside them)."""
+def _codes(skeleton: Skeleton, config: RunConfig) -> int:
+    """Bytes of a block's result: a byte a code (scales and zero points are small beside them)."""
     block = skeleton.blocks[0]
     names = linear_names(block, skeleton.block_prefix(0), config.scheme.skip)
-    return [(name, get_linear(block, name).weight.numel()) for name in names]
+    return sum(get_linear(block, name).weight.numel() for name in names)
 
 
 def human_bytes(value: float) -> str:

@@ -12,7 +12,15 @@ from lsi.block import load_quantized, round_block, run_block
 from pipeline.artifacts import Artifact, Writer, read_tensors
 from pipeline.optimize import WEIGHTS_FILE, unpack_weights
 from pipeline.perplexity import negative_log_likelihood, perplexity
+from pipeline.skeleton import Surroundings
 from pipeline.worker import Worker
+
+
+def windows_at_once(worker: Worker, tokens: Tensor) -> int:
+    """As many windows as have their hidden states in the memory that activations may take, and one at least."""
+    size = tokens.shape[1] * worker.skeleton.model.config.hidden_size * worker.context.dtype.itemsize
+    return max(1, (worker.config.storage.cache_mib << 20) // size)
+
 
 Variant = Literal["full_precision", "round_to_nearest", "quantized"]
 
@@ -29,17 +37,21 @@ class EvaluateTask:
     @torch.no_grad()
     def __call__(self, worker: Worker) -> dict[str, Any]:
         tokens = read_tensors(worker.store, self.text, "tokens.safetensors")["tokens"]
+        worker.release()
         surroundings = worker.surroundings()
-        hidden = [surroundings.embed(window.unsqueeze(0).long().to(worker.device)) for window in tokens]
-        for index in range(len(worker.skeleton)):
-            self._run_block(worker, index, hidden)
-        total = 0.0
-        for window, states in zip(tokens, hidden, strict=True):
-            batch = window.unsqueeze(0).long().to(worker.device)
-            total += negative_log_likelihood(surroundings.logits(batch, states), batch)
+        total = sum(self._group(worker, surroundings, group) for group in tokens.split(windows_at_once(worker, tokens)))
         result = {"perplexity": perplexity(total, *tokens.shape)}
         Writer(worker.store, self.out).commit(result)
         return result
+
+    def _group(self, worker: Worker, surroundings: Surroundings, tokens: Tensor) -> float:
+        """Negative log likelihood of some windows, each block being read once for all of them."""
+        batches = [window.unsqueeze(0).long().to(worker.device) for window in tokens]
+        hidden = [surroundings.embed(batch) for batch in batches]
+        for index in range(len(worker.skeleton)):
+            self._run_block(worker, index, hidden)
+        pairs = zip(batches, hidden, strict=True)
+        return sum(negative_log_likelihood(surroundings.logits(batch, states), batch) for batch, states in pairs)
 
     def _run_block(self, worker: Worker, index: int, hidden: list[Tensor]) -> None:
         block = self._variant_of(worker, index)

@@ -34,7 +34,7 @@ def _advance(progress: Progress, bar: TaskID, done: int) -> None:
 def evaluate_checkpoint(
     checkpoint: str, texts: list[str], windows: int, length: int, device: str, *, show: bool
 ) -> dict[str, float]:
-    """Perplexity by text, in the checkpoint's own dtype. The texts are checked before the model is loaded in full."""
+    """Perplexity by text, in the checkpoint's own dtype."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")
     model, tokenizer = load(checkpoint, device)

@@ -17,7 +17,7 @@ from pipeline.capture import CHUNK_FILE, CaptureTask, EmbedTask
 from pipeline.config import RunConfig, ScheduleConfig
 from pipeline.evaluate import EvaluateTask, Variant
 from pipeline.merge import MergeTask
-from pipeline.optimize import Comparison, RoundTask, TrainTask, stream_file
+from pipeline.optimize import Comparison, RoundTask, TrainTask, increment_learning_rate, stream_file
 from pipeline.worker import Chunk, Task
 
 # Artifacts that are deleted once their last reader has committed.
@@ -206,9 +206,12 @@ class Builder:
 
     def _train(self, block: int) -> None:
         config, epochs = self.config, self.config.optimizer.epochs
-        settings = {
+        settings: dict[str, Any] = {
             name: getattr(config, name).model_dump(mode="json") for name in ("scheme", "method", "optimizer")
-        } | {"chunk_samples": config.storage.chunk_samples}
+        }
+        # Defaults decide bytes as much as what was typed.
+        settings["increment_learning_rate"] = increment_learning_rate(config)
+        settings["chunk_samples"] = config.storage.chunk_samples
         targets = tuple(Chunk(a, CHUNK_FILE) for a in self.hidden[block + 1])
         previous: Artifact | None = None
         for epoch in range(epochs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -24,13 +25,27 @@ def package_version(name: str) -> str:
         return "unknown"
 
 
-def autocast_dtype(compute: ComputeConfig) -> torch.dtype | None:
-    """The dtype of products in training; `auto` asks this machine, and what it says holds for all actors."""
-    if compute.dtype == "float32":
+def read_json(store: Store, key: str) -> dict[str, Any] | None:
+    """A JSON object; None if it is not there or was torn by a crash, and so never counted."""
+    try:
+        found = json.loads(store.get(key))
+    except (FileNotFoundError, ValueError):
         return None
-    if compute.dtype == "bfloat16":
-        return torch.bfloat16
-    native = torch.cuda.is_bf16_supported() if compute.device == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return found if isinstance(found, dict) else None
+
+
+def autocast_dtype(compute: ComputeConfig, store: Store) -> torch.dtype | None:
+    """The dtype of products in training. What `auto` once found for a run holds for all its actors and resumptions."""
+    if compute.dtype != "auto":
+        return torch.bfloat16 if compute.dtype == "bfloat16" else None
+    recorded = (read_json(store, RUN_FILE) or {}).get("identity", {}).get("resolved")
+    if recorded is not None:
+        return torch.bfloat16 if recorded["autocast"] else None
+    if compute.device == "cuda":
+        # A driver without a device speaks for workers that have one; those multiply bfloat16 since 2020.
+        native = not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
+    else:
+        native = torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native else None
 
 
@@ -46,16 +61,10 @@ def run_identity(config: RunConfig, autocast: torch.dtype | None) -> dict[str, A
 
 def check_claim(store: Store, config: RunConfig, autocast: torch.dtype | None) -> None:
     """Refuse a run directory that belongs to another run, naming every key that differs."""
-    identity = run_identity(config, autocast)
-    try:
-        theirs = json.loads(store.get(RUN_FILE))["identity"]
-    except FileNotFoundError:
+    recorded = read_json(store, RUN_FILE)
+    if recorded is None:
         return
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{store.describe(RUN_FILE)}: damaged ({error}); choose another storage.run, or delete this file if its config is this one"
-        ) from error
-    differing = differing_keys(json.loads(json.dumps(identity)), theirs)
+    differing = differing_keys(run_identity(config, autocast), recorded.get("identity"))
     if differing:
         raise UserError(
             f"{store.url} belongs to another run: {'; '.join(d.removeprefix('recipe.') for d in differing)}. "
@@ -68,33 +77,32 @@ def claim(store: Store, config: RunConfig, autocast: torch.dtype | None) -> None
 
     Written once: a driver that dies while it rewrote the file would leave a torn one.
     """
-    if store.exists(RUN_FILE):
+    if read_json(store, RUN_FILE) is not None:
         return
     whole = config.model_dump(mode="json")
     whole["storage"].pop("options")
+    # `lsi merge` may be given from another folder.
+    for section in ("model", "data"):
+        if os.path.exists(source := os.path.expanduser(whole[section]["source"])):
+            whole[section]["source"] = os.path.abspath(source)
     record = {"identity": run_identity(config, autocast), "config": whole}
     store.put(RUN_FILE, json.dumps(record, indent=1, sort_keys=True).encode())
 
 
 def recorded_config(store: Store, options: dict[str, Any]) -> RunConfig:
     """The configuration that a run directory was made with. Raises UserError if it is none."""
-    try:
-        tree = json.loads(store.get(RUN_FILE))["config"]
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{store.url}: no run here (no {RUN_FILE}); give the directory that storage.run names"
-        ) from error
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{store.describe(RUN_FILE)}: damaged: {error}") from error
+    recorded = read_json(store, RUN_FILE)
+    if recorded is None:
+        raise UserError(f"{store.url}: no run here (no {RUN_FILE}); give the directory that storage.run names")
+    tree = recorded["config"]
     tree["storage"]["options"] = options
     return parse_config(tree, store.describe(RUN_FILE))
 
 
 def claim_model(store: Store, digests: dict[str, str]) -> None:
     """Check that the weights are those that the run began with. Raises UserError naming the parts that differ."""
-    try:
-        theirs = json.loads(store.get(MODEL_FILE))
-    except FileNotFoundError:
+    theirs = read_json(store, MODEL_FILE)
+    if theirs is None:
         store.put(MODEL_FILE, json.dumps(digests, indent=1, sort_keys=True).encode())
         return
     if differing := [name for name in digests if theirs.get(name) != digests[name]]:

@@ -86,6 +86,7 @@ class MergeTask:
     out: Artifact
 
     def __call__(self, worker: Worker) -> dict[str, Any]:
+        worker.release()
         layouts = dict(checkpoint_layout(worker.skeleton, worker.grid, worker.config.scheme.skip, worker.context.dtype))
         layout = {key: size for name in self.names for key, size in layouts[name].items()}
         pieces = write_lazily(layout, Packer(worker, self.quantized), {"format": "pt"})
@@ -128,16 +129,14 @@ class Packer:
         return pack_linear(owner, weight.codes, weight.scale, zero, self.worker.grid.bits)
 
 
-def shard_intact(checkpoint: Store, record: Record, *, thorough: bool) -> bool:
-    """Whether a committed shard is still what was written: by size, or by reading it all."""
+def shard_intact(checkpoint: Store, record: Record) -> bool:
+    """Whether a committed shard is still what was written, by reading it all."""
     file, size, checksum = record.meta["file"], record.meta["size"], record.meta["sha256"]
     try:
         if checkpoint.size(file) != size:
             return False
     except FileNotFoundError:
         return False
-    if not thorough:
-        return True
     hasher = hashlib.sha256()
     for start in range(0, size, 1 << 26):
         hasher.update(checkpoint.read_range(file, start, min(start + (1 << 26), size)))
@@ -169,15 +168,30 @@ def published_config(
 def publish(
     checkpoint: Store, source: ModelSource, shards: list[Record], config_bytes: bytes, extra: Mapping[str, bytes]
 ) -> None:
-    """Write everything beside the shards, `config.json` last."""
-    for name, data in source.side_files.items():
-        if name != CONFIG_FILE:
-            checkpoint.put(name, data)
-    for name, data in extra.items():
-        checkpoint.put(name, data)
+    """Write everything beside the shards, `config.json` last. A checkpoint that is there in full is left alone.
+
+    Weights that are not of this checkpoint go first: loaders prefer a single file to an index.
+    """
+    files = {name: data for name, data in source.side_files.items() if name != CONFIG_FILE} | dict(extra)
     if len(shards) > 1:
         weight_map = {tensor: record.meta["file"] for record in shards for tensor in record.meta["tensors"]}
         total = sum(record.meta["size"] for record in shards)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        checkpoint.put(INDEX_FILE, json.dumps(index, indent=1).encode())
-    checkpoint.put(CONFIG_FILE, config_bytes)
+        files[INDEX_FILE] = json.dumps(index, indent=1).encode()
+    files[CONFIG_FILE] = config_bytes
+    if all(_holds(checkpoint, name, data) for name, data in files.items()):
+        return
+    withdraw(checkpoint)
+    wanted = {record.meta["file"] for record in shards} | set(files)
+    for key in checkpoint.list():
+        if key.endswith((".safetensors", ".index.json")) and key not in wanted:
+            checkpoint.delete(key)
+    for name, data in files.items():
+        checkpoint.put(name, data)
+
+
+def _holds(store: Store, key: str, data: bytes) -> bool:
+    try:
+        return store.get(key) == data
+    except FileNotFoundError:
+        return False

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
@@ -20,6 +21,7 @@ from pipeline.errors import UserError
 from pipeline.store import Store, open_store
 from pipeline.tensors import TensorEntry, read_header, read_tensor
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # What a checkpoint needs beside its weights; everything else in a model folder is left behind.
@@ -72,19 +74,19 @@ class ModelSource:
     def dtype(self, wanted: str) -> torch.dtype:
         """The result's dtype; `auto` is the one that most of the stored elements have."""
         if wanted != "auto":
-            return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[wanted]
+            return DTYPES[wanted]
         sizes: dict[torch.dtype, int] = {}
         for _, entry in self.index.values():
             if entry.dtype.is_floating_point:
                 sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.end - entry.start
         return max(sizes, key=lambda dtype: sizes[dtype])
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
         """The model's tokenizer. Raises UserError if it has none."""
         with tempfile.TemporaryDirectory() as folder:
             _write_side_files(self.side_files, Path(folder))
             try:
-                return AutoTokenizer.from_pretrained(folder)
+                return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
             except (OSError, ValueError) as error:
                 raise UserError(f"{self.store.url}: no usable tokenizer beside the weights: {error}") from error
 
@@ -95,8 +97,15 @@ def _write_side_files(files: dict[str, bytes], folder: Path) -> None:
 
 
 def hub_url(source: str, revision: str | None) -> str:
-    """The fsspec address of a hub id."""
-    return f"hf://{source}@{revision}" if revision else f"hf://{source}"
+    """The fsspec address of a hub id, at the commit that it is now: a push in mid-run must not mix two models."""
+    try:
+        commit = HfApi().model_info(source, revision=revision).sha
+    except Exception as error:  # the hub's client raises its own errors and those of its transport
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"model.source {source}: no such local folder, and the hub does not give it: {reason}"
+        ) from error
+    return f"hf://{source}@{commit}"
 
 
 def locate(model: ModelConfig, options: dict[str, Any]) -> Store:
@@ -113,10 +122,11 @@ def locate(model: ModelConfig, options: dict[str, Any]) -> Store:
     )
 
 
-def read_side_files(store: Store) -> dict[str, bytes]:
-    """The small files beside the weights."""
+def read_side_files(store: Store, *, code: bool = False) -> dict[str, bytes]:
+    """The small files beside the weights; with `code` the modules that a trusted model brings, too."""
     files = {}
-    for name in SIDE_FILES:
+    modules = [key for key in store.list() if key.endswith(".py") and "/" not in key] if code else []
+    for name in (*SIDE_FILES, *modules):
         try:
             files[name] = store.get(name)
         except FileNotFoundError:
@@ -208,6 +218,6 @@ def read_index(store: Store) -> dict[str, tuple[str, TensorEntry]]:
 
 def open_model(store: Store, *, trust_remote_code: bool = False) -> ModelSource:
     """Open a model folder: configuration, side files and shard headers; no weights are read."""
-    files = read_side_files(store)
+    files = read_side_files(store, code=trust_remote_code)
     config = parse_model_config(files, store.url, trust_remote_code=trust_remote_code)
     return ModelSource(store, config, files, read_index(store))

@@ -45,6 +45,11 @@ def steps_per_epoch(config: RunConfig) -> int:
     return full * math.ceil(size / batch) + math.ceil(rest / batch)
 
 
+def increment_learning_rate(config: RunConfig) -> float:
+    """The configured one, or the kind's default."""
+    return config.optimizer.increment_learning_rate or DEFAULT_LEARNING_RATE[config.method.increment]
+
+
 def make_method(context: Context) -> Method:
     """The algorithm's settings from the configuration."""
     config, kind = context.config, context.config.method.increment
@@ -54,7 +59,7 @@ def make_method(context: Context) -> Method:
         clipping=config.method.clipping == "learned",
         increment=kind,
         clipping_learning_rate=config.optimizer.clipping_learning_rate,
-        increment_learning_rate=config.optimizer.increment_learning_rate or DEFAULT_LEARNING_RATE[kind],
+        increment_learning_rate=increment_learning_rate(config),
         total_steps=config.optimizer.epochs * steps_per_epoch(config),
         scale_dtype=context.dtype,
         loss=config.method.loss,

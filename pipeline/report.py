@@ -9,7 +9,8 @@ from pipeline.artifacts import Artifact, Record, read_record
 from pipeline.errors import UserError
 from pipeline.identity import run_identity
 from pipeline.merge import CHECKPOINT_MANIFEST, publish, published_config, quantized_linears
-from pipeline.run import Finished, Prepared
+from pipeline.prepare import Prepared
+from pipeline.run import Finished
 from pipeline.store import Store
 from pipeline.worker import peak_rss_mib
 
@@ -74,13 +75,20 @@ LABELS = {"full_precision": "full precision", "round_to_nearest": "round-to-near
 
 def perplexity_rows(table: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the perplexity table."""
-    texts = list(next(iter(table.values()), {}))
+    texts = list(dict.fromkeys(text for row in table.values() for text in row))
     rows = [
-        [LABELS[v], *(f"{table[v][t]:.2f}" if table[v][t] < 1e5 else f"{table[v][t]:.3g}" for t in texts)]
-        for v in LABELS
-        if v in table
+        [LABELS[variant], *(perplexity_word(table[variant].get(text)) for text in texts)]
+        for variant in LABELS
+        if variant in table
     ]
     return ["", *texts], rows
+
+
+def perplexity_word(value: float | None) -> str:
+    """Two decimals; three digits where it is beyond reading; a dash where it was not measured."""
+    if value is None:
+        return "–"
+    return f"{value:.2f}" if value < 1e5 else f"{value:.3g}"
 
 
 def model_card(prepared: Prepared, table: dict[str, dict[str, float]], blocks: list[dict[str, Any]]) -> str:

@@ -107,7 +107,7 @@ def split_articles(articles: list[str]) -> tuple[str, str]:
 
 
 def fetch(folder: Path, say: Callable[[str], None]) -> None:
-    """Write model.gguf, wikipedia-calibration.txt, wikipedia-heldout.txt and news.txt; what is there already is kept."""
+    """Write the model's GGUF file, wikipedia-calibration.txt, wikipedia-heldout.txt and news.txt; what is there already is kept."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         if not (folder / MODEL_FILE).exists():

@@ -41,7 +41,7 @@ def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
 
 
 def block_list_name(model: nn.Module) -> str:
-    """The name of the decoder's block list: the longest list of modules of one class. Raises UserError if there is none."""
+    """The name of the decoder's block list: as many modules of one class as the model has layers. Raises UserError."""
     lists = {
         name: module
         for name, module in model.named_modules()
@@ -153,8 +153,8 @@ def load_block(
     return block.to(device).eval()
 
 
-class _FirstCall(Exception):  # noqa: N818  (not an error)
-    """Ends the pass that records what the first block is called with."""
+class _SeenEnough(Exception):  # noqa: N818  (not an error)
+    """Ends a pass that is only after what blocks are called with: norm and head are left out."""
 
 
 class _StandIn(nn.Module):
@@ -166,8 +166,8 @@ class _StandIn(nn.Module):
         for name in ("attention_type", "layer_type", "is_sliding"):
             if hasattr(replaced, name):
                 setattr(self, name, getattr(replaced, name))
-        # Not known before the block's arguments are: the first call ends with them.
-        self.returns_tuple: bool | None = None
+        self.returns_tuple = False
+        self.ends_pass = False
         self.hand_in = hand_in
         self.seen: Tensor | None = None
         self.arguments: Arguments = {}
@@ -179,8 +179,8 @@ class _StandIn(nn.Module):
         self.arguments = {
             k: v for k, v in kwargs.items() if k not in ("past_key_values", "past_key_value", "use_cache")
         }
-        if self.returns_tuple is None:
-            raise _FirstCall
+        if self.ends_pass:
+            raise _SeenEnough
         given = self.hand_in()
         result = hidden if given is None else given
         return (result,) if self.returns_tuple else result
@@ -197,7 +197,7 @@ class Surroundings:
     @torch.no_grad()
     def embed(self, tokens: Int[Tensor, "batch sequence"]) -> Float[Tensor, "batch sequence hidden"]:
         """The hidden states that enter block 0."""
-        self._call(tokens, None)
+        self._look(tokens, self.stand_ins[0])
         seen = self.stand_ins[0].seen
         assert seen is not None
         return seen
@@ -205,7 +205,7 @@ class Surroundings:
     @torch.no_grad()
     def arguments(self, sequence_length: int) -> list[Arguments]:
         """What each block is called with besides the hidden states, for any batch of whole sequences of this length."""
-        self._call(torch.zeros(1, sequence_length, dtype=torch.long, device=self.model.device), None)
+        self._look(self._any_tokens(sequence_length), self.stand_ins[-1])
         return [stand_in.arguments for stand_in in self.stand_ins]
 
     @torch.no_grad()
@@ -213,11 +213,26 @@ class Surroundings:
         self, tokens: Int[Tensor, "batch sequence"], hidden: Tensor
     ) -> Float[Tensor, "batch sequence vocabulary"]:
         """The logits of hidden states that leave the last block."""
-        return self._call(tokens, hidden)
-
-    def _call(self, tokens: Tensor, hidden: Tensor | None) -> Tensor:
         self.handed_in[0] = hidden
         return self.model(input_ids=tokens, use_cache=False).logits
+
+    def first_arguments(self) -> Arguments:
+        """What block 0 is called with, for two tokens; asked before it is known what blocks return."""
+        self._look(self._any_tokens(2), self.stand_ins[0])
+        return self.stand_ins[0].arguments
+
+    def _any_tokens(self, length: int) -> Tensor:
+        return torch.zeros(1, length, dtype=torch.long, device=self.model.device)
+
+    def _look(self, tokens: Tensor, last: _StandIn) -> None:
+        """Run the model up to a stand-in."""
+        self.handed_in[0] = None
+        last.ends_pass = True
+        try:
+            with suppress(_SeenEnough):
+                self.model(input_ids=tokens, use_cache=False)
+        finally:
+            last.ends_pass = False
 
 
 def _returns_tuple(skeleton: Skeleton, arguments: Arguments) -> bool:
@@ -253,19 +268,18 @@ def load_surroundings(skeleton: Skeleton, source: ModelSource, dtype: torch.dtyp
     model.tie_weights()
     model.to(device)  # type: ignore[arg-type]
     surroundings = Surroundings(model, stand_ins, handed_in)
-    with suppress(_FirstCall):
-        surroundings.arguments(2)
-    tuples = _returns_tuple(skeleton, stand_ins[0].arguments)
+    with torch.no_grad():
+        tuples = _returns_tuple(skeleton, surroundings.first_arguments())
     for stand_in in stand_ins:
         stand_in.returns_tuple = tuples
     return surroundings
 
 
-def check_groups(skeleton: Skeleton, names: list[str], group_size: int | None) -> None:
+def check_groups(skeleton: Skeleton, index: int, names: list[str], group_size: int | None) -> None:
     """Refuse a group size that does not divide some linear's inputs, naming the linears and the sizes that would do."""
     if group_size is None:
         return
-    widths = {name: get_linear(skeleton.blocks[0], name).in_features for name in names}
+    widths = {name: get_linear(skeleton.blocks[index], name).in_features for name in names}
     wrong = {name: width for name, width in widths.items() if width % group_size}
     if wrong:
         listed = ", ".join(f"{name} ({width})" for name, width in wrong.items())

@@ -136,9 +136,13 @@ class Store:
     def stamp(self, key: str) -> str:
         """Changes whenever the object is replaced: size with ETag or modification time."""
         info = self._info(key)
-        mark = (
-            info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified") or info.get("created")
-        )
+        # By backend: S3, Azure, the hub, local disks, Google, memory.
+        marks = ("ETag", "etag", "blob_id", "mtime", "LastModified", "md5Hash", "created")
+        mark = next((info[name] for name in marks if info.get(name)), None)
+        if mark is None:
+            raise UserError(
+                f"{self.describe(key)}: this kind of storage does not tell when an object was replaced; copy the model elsewhere"
+            )
         return f"{info['size']}:{mark}"
 
     def list(self, prefix: str = "") -> dict[str, int]:
@@ -185,7 +189,7 @@ class Store:
 
 def absolute(url: str) -> str:
     """A local path made independent of the working directory; any other address as it is."""
-    return url if "://" in url or "::" in url else os.path.abspath(url)
+    return url if "://" in url or "::" in url else os.path.abspath(os.path.expanduser(url))
 
 
 def iter_pieces(data: memoryview, size: int = 1 << 24) -> Iterator[memoryview]:

@@ -148,6 +148,12 @@ class Worker:
         """A full-precision block of the caller's own."""
         return load_block(self.skeleton, self.source, index, self.context.dtype, self.device)
 
+    def release(self) -> None:
+        """Let go of blocks and activations: a stage that comes after them needs the memory."""
+        self._block = None
+        self.held = None
+        self.chunks.drop_except(set())
+
     def linears(self, index: int) -> list[str]:
         """The linears of a block that are quantized."""
         return linear_names(self.skeleton.blocks[index], self.skeleton.block_prefix(index), self.config.scheme.skip)

@@ -7,8 +7,9 @@ from typing import Any
 from cluster.scheduler import Event, Instruction
 from pipeline.config import RunConfig, parse_config
 from pipeline.graph import Node
+from pipeline.prepare import prepare
 from pipeline.report import publish_checkpoint, write_result
-from pipeline.run import Finished, Workers, inline_workers, prepare, run_to_goals
+from pipeline.run import Finished, Workers, inline_workers, run_to_goals
 from pipeline.store import Store
 
 

@@ -24,11 +24,18 @@ from pipeline.artifacts import (
     read_file,
     read_record,
     read_tensors,
-    verify,
 )
 from pipeline.store import Store, open_store
 
 ARTIFACT = Artifact("block", "b003", digest("inputs"))
+
+
+def verify(store: Store, artifact: Artifact, record: Record) -> None:
+    """Read everything once."""
+    for name in record.files:
+        read_file(store, artifact, name, record)
+
+
 META: dict[str, Any] = {"loss": 0.25, "status": "ok", "worst": float("inf"), "überschrift": None}
 DATA = b"some data"
 
@@ -95,31 +102,24 @@ def test_file_that_is_not_in_the_record_is_refused(store: Store) -> None:
         read_file(store, ARTIFACT, "stray.bin", record)
 
 
-def test_tensors_and_json_come_back(store: Store) -> None:
+def test_tensors_come_back(store: Store) -> None:
     tensors = {"codes": torch.arange(6, dtype=torch.uint8).reshape(2, 3), "scale": torch.tensor([0.1, 0.2])}
     writer = Writer(store, ARTIFACT)
     writer.write_tensors("t.safetensors", tensors)
-    writer.write_json("t.json", {"b": [1, None], "a": "ü"})
     writer.commit({})
     read = read_tensors(store, ARTIFACT, "t.safetensors")
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
-    assert json.loads(read_file(store, ARTIFACT, "t.json")) == {"a": "ü", "b": [1, None]}
 
 
 def test_equal_contents_give_equal_bytes(store: Store) -> None:
     first, second = Artifact("x", "one", "a" * 64), Artifact("x", "two", "b" * 64)
     tensors = {"w": torch.ones(3), "v": torch.zeros(2, dtype=torch.int8)}
-    for artifact, given_tensors, value in (
-        (first, tensors, {"a": 1, "b": 2}),
-        (second, dict(reversed(tensors.items())), {"b": 2, "a": 1}),
-    ):
+    for artifact, given_tensors in ((first, tensors), (second, dict(reversed(tensors.items())))):
         writer = Writer(store, artifact)
         writer.write_tensors("t", given_tensors)
-        writer.write_json("j", value)
         writer.commit({})
-    for name in ("t", "j"):
-        assert store.get(f"{first.path}/{name}") == store.get(f"{second.path}/{name}")
+    assert store.get(f"{first.path}/t") == store.get(f"{second.path}/t")
 
 
 def test_put_hashed_counts_and_hashes_all_pieces(store: Store) -> None:

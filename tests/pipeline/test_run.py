@@ -11,12 +11,14 @@ from running import Silent, checkpoint_hashes, run, tiny_config
 
 from lsi.grid import Grid, round_to_nearest
 from pipeline.artifacts import read_tensors
+from pipeline.driver import StoppedError
 from pipeline.errors import UserError
 from pipeline.evaluate_checkpoint import evaluate_checkpoint
 from pipeline.optimize import WEIGHTS_FILE, unpack_weights
 from pipeline.packed_format import unpack_linear
+from pipeline.prepare import prepare
 from pipeline.report import artifacts_of
-from pipeline.run import Finished, StoppedError, prepare
+from pipeline.run import Finished
 from pipeline.store import Store, open_store
 from pipeline.tensors import deserialize
 

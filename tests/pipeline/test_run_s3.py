@@ -8,7 +8,8 @@ import pytest
 from fsspec.core import url_to_fs
 from running import Silent, checkpoint_hashes, run, tiny_config
 
-from pipeline.run import StoppedError, ray_workers
+from pipeline.driver import StoppedError
+from pipeline.run import ray_workers
 from pipeline.store import Store, open_store
 
 pytestmark = [pytest.mark.s3, pytest.mark.ray]

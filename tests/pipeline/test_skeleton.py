@@ -313,7 +313,7 @@ def smollm_skeleton() -> Skeleton:
 def test_group_size_that_does_not_divide_names_linears_and_sizes() -> None:
     names = ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"]
     with pytest.raises(UserError) as caught:
-        check_groups(smollm_skeleton(), names, 128)
+        check_groups(smollm_skeleton(), 0, names, 128)
     assert str(caught.value) == (
         "scheme.group_size 128 does not divide the input channels of self_attn.q_proj (576), self_attn.o_proj (576); "
         "sizes that would do: 192, 96, 64, 48, 32, 16, or null for one scale per output channel"
@@ -322,4 +322,4 @@ def test_group_size_that_does_not_divide_names_linears_and_sizes() -> None:
 
 @pytest.mark.parametrize("size", [64, 192, 1, None])
 def test_group_size_that_fits(size: int | None) -> None:
-    check_groups(smollm_skeleton(), ["self_attn.q_proj", "mlp.down_proj"], size)
+    check_groups(smollm_skeleton(), 0, ["self_attn.q_proj", "mlp.down_proj"], size)

@@ -1,0 +1,173 @@
+"""A run before its units: everything that can be checked without work is checked, and the tokens are stored."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import posixpath
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lsi.block import linear_names
+from pipeline.artifacts import Artifact, CorruptArtifactError, Writer, digest, intact, read_file, read_record
+from pipeline.config import RunConfig
+from pipeline.data import calibration_tokens, evaluation_tokens
+from pipeline.errors import UserError
+from pipeline.gguf_import import import_gguf
+from pipeline.identity import autocast_dtype, check_claim, claim, read_json, run_identity
+from pipeline.merge import CHECKPOINT_MANIFEST, CONFIG_FILE
+from pipeline.model_source import DTYPES, ModelSource, locate, open_model
+from pipeline.perplexity import take_windows
+from pipeline.reporter import Reporter
+from pipeline.skeleton import Skeleton, check_groups, check_tensors, make_skeleton
+from pipeline.store import Store, absolute, open_store
+from pipeline.tensors import tensor_bytes
+from pipeline.worker import Context
+
+TOKENS_FILE = "tokens.safetensors"
+
+
+@dataclass
+class Prepared:
+    """A run before its units: everything checked, nothing expensive done."""
+
+    config: RunConfig
+    store: Store
+    checkpoint: Store
+    source: ModelSource
+    skeleton: Skeleton
+    context: Context
+    tokens: Artifact
+    texts: dict[str, Artifact]
+    resolved: dict[str, Any]
+    token_values: dict[Artifact, Tensor]
+
+
+def checkpoint_url(config: RunConfig) -> str:
+    return config.outputs.checkpoint or posixpath.join(config.storage.run, "checkpoint")
+
+
+def open_source(config: RunConfig, store: Store, report: Reporter) -> tuple[ModelSource, dict[str, Any]]:
+    """The model folder, and the fsspec options it is opened with. A GGUF file is converted into the run directory first."""
+    options = config.storage.options
+    if config.model.source.endswith(".gguf"):
+        return open_model(converted(config, store, report)), options
+    model_store = locate(config.model, options)
+    source = open_model(model_store, trust_remote_code=config.model.trust_remote_code)
+    return source, model_store.options
+
+
+def converted(config: RunConfig, store: Store, report: Reporter) -> Store:
+    """The folder of a GGUF file's conversion: an artifact like any other, named by the file and the dtype it came to."""
+    source, options = config.model.source, config.storage.options
+    dtype = DTYPES.get(config.model.dtype, torch.bfloat16)
+    folder, _, name = os.path.expanduser(source).rpartition("/")
+    try:
+        stamp = open_store(folder or ".", options if "://" in source else None).stamp(name)
+    except FileNotFoundError as error:
+        raise UserError(f"model.source {source}: there is no such file") from error
+    key = digest({"kind": "convert", "source": source, "stamp": stamp, "dtype": str(dtype)})
+    artifact = Artifact("model", "converted", key)
+    target = store.child(artifact.path)
+    if intact(store, artifact, report.message) is None:
+        report.message(f"converting {source} to safetensors")
+        import_gguf(source, options, target, dtype)
+        Writer(store, artifact).commit({"source": source})
+    return target
+
+
+def check_scheme(config: RunConfig, skeleton: Skeleton) -> None:
+    """Refuse a scheme that does not fit the model."""
+    found = False
+    for index in range(len(skeleton)):
+        names = linear_names(skeleton.blocks[index], skeleton.block_prefix(index), config.scheme.skip)
+        check_groups(skeleton, index, names, config.scheme.group_size)
+        found = found or bool(names)
+    if not found:
+        raise UserError(
+            f"{type(skeleton.model).__name__}: its blocks hold no linear layers that scheme.skip {config.scheme.skip} does not leave "
+            "alone, so there is nothing to quantize; skip fewer, or this architecture is not supported"
+        )
+
+
+def check_place(checkpoint: Store, config: RunConfig, autocast: torch.dtype | None) -> None:
+    """Refuse to overwrite a checkpoint that this run did not make."""
+    if not checkpoint.exists(CONFIG_FILE):
+        return
+    theirs = (read_json(checkpoint, CHECKPOINT_MANIFEST) or {}).get("identity")
+    if theirs != run_identity(config, autocast):
+        raise UserError(f"{checkpoint.url} holds another checkpoint already; choose another outputs.checkpoint")
+
+
+def tokens_artifact(name: str, tokens: Tensor) -> Artifact:
+    """Tokens are named by what they are."""
+    key = hashlib.sha256(str(list(tokens.shape)).encode() + bytes(tensor_bytes(tokens))).hexdigest()
+    return Artifact("tokens", name, key)
+
+
+def ensure_tokens(store: Store, values: dict[Artifact, Tensor]) -> None:
+    """Store tokens that are not there, or not any more: the driver has them, no unit makes them."""
+    for artifact, tokens in values.items():
+        try:
+            record = read_record(store, artifact)
+            if record is not None:
+                read_file(store, artifact, TOKENS_FILE, record)
+                continue
+        except CorruptArtifactError:
+            pass  # written again below
+        writer = Writer(store, artifact)
+        writer.write_tensors(TOKENS_FILE, {"tokens": tokens})
+        writer.commit({"shape": list(tokens.shape)})
+
+
+def prepare(config: RunConfig, report: Reporter) -> Prepared:
+    """Check everything that can be checked without work, and store the tokens."""
+    if config.compute.device == "cuda" and config.cluster.address is None and not torch.cuda.is_available():
+        raise UserError(
+            "compute.device is cuda, but this machine has no CUDA device; set compute.device to cpu or give cluster.address"
+        )
+    store = open_store(config.storage.run, config.storage.options)
+    store.check_writable()
+    autocast = autocast_dtype(config.compute, store)
+    check_claim(store, config, autocast)
+    checkpoint = open_store(checkpoint_url(config), config.storage.options)
+    checkpoint.check_writable()
+    check_place(checkpoint, config, autocast)
+    source, model_options = open_source(config, store, report)
+    skeleton = make_skeleton(source.config, trust_remote_code=config.model.trust_remote_code)
+    check_tensors(skeleton, source)
+    check_scheme(config, skeleton)
+    report.message(f"reading calibration text {config.data.source}")
+    tokens, texts, values = read_tokens(config, source)
+    claim(store, config, autocast)
+    ensure_tokens(store, values)
+    dtype = source.dtype(config.model.dtype)
+    context = Context(
+        config=config,
+        run_url=absolute(store.url),
+        model_url=absolute(source.store.url),
+        checkpoint_url=absolute(checkpoint.url),
+        dtype=dtype,
+        autocast=autocast,
+        model_options=model_options,
+    )
+    resolved = {"dtype": str(dtype), "autocast": str(autocast) if autocast else None}
+    return Prepared(config, store, checkpoint, source, skeleton, context, tokens, texts, resolved, values)
+
+
+def read_tokens(config: RunConfig, source: ModelSource) -> tuple[Artifact, dict[str, Artifact], dict[Artifact, Tensor]]:
+    """Calibration tokens, evaluation tokens by text, and the values of both."""
+    tokenizer = source.tokenizer(trust_remote_code=config.model.trust_remote_code)
+    windows, length = config.evaluation.windows, config.evaluation.length
+    found = calibration_tokens(tokenizer, config.data)
+    calibration = tokens_artifact("calibration", found)
+    values = {calibration: found}
+    texts = {}
+    for name, text in config.evaluation.texts.items():
+        cut = take_windows(evaluation_tokens(tokenizer, text, windows * length), windows, length, text)
+        texts[name] = tokens_artifact(f"text-{name}", cut)
+        values[texts[name]] = cut
+    return calibration, texts, values

@@ -1,0 +1,24 @@
+"""What the driver tells of a run; `pipeline.progress` has the two that people and machines see."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from cluster.scheduler import Event, Instruction
+from pipeline.graph import Node
+
+
+class Reporter(Protocol):
+    """Told what happens; decides what a person or a machine sees of it."""
+
+    def message(self, text: str) -> None:
+        """Something to know, in one line."""
+
+    def begin(self, stage_totals: dict[str, tuple[int, int]]) -> None:
+        """Units start: by stage, how many there are and how many are done already."""
+
+    def finished(self, node: Node, result: dict[str, Any]) -> None:
+        """One unit is committed."""
+
+    def event(self, event: Event | Instruction) -> None:
+        """Anything of the cluster."""
