@@ -58,7 +58,7 @@ def test_each_command_explains_itself(command: str) -> None:
         ({"data": {"samples": 100000}}, "need 1600000 tokens"),
         ({"model": {"source": "/no/such/model"}}, "there is no such folder"),
         ({"storage": {"run": "/sys/lsi"}}, "cannot write there"),
-        ({"scheme": {"skip": ["*"]}}, "leaves no linear"),
+        ({"scheme": {"skip": ["*"]}}, "nothing to quantize"),
         ({"evaluation": {"windows": 1000000}}, "ask for at most"),
     ],
     ids=["group", "unknown-key", "bits", "corpus", "model", "unwritable", "skip-all", "windows"],

@@ -138,9 +138,24 @@ def test_no_such_folder(source: str) -> None:
         locate(ModelConfig(source=source, revision=None), {})
 
 
-def test_hub_id_is_an_fsspec_address() -> None:
-    assert hub_url("org/name", None) == "hf://org/name"
-    assert hub_url("org/name", "v1") == "hf://org/name@v1"
+def test_hub_id_is_an_fsspec_address_at_one_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub itself cannot be had in tests; its answer is all that is replaced."""
+    commits = {None: "c0ffee", "v1": "decade"}
+
+    class Info:
+        def __init__(self, sha: str) -> None:
+            self.sha = sha
+
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.model_info", lambda self, repo_id, *, revision=None: Info(commits[revision])
+    )
+    assert hub_url("org/name", None) == "hf://org/name@c0ffee"
+    assert hub_url("org/name", "v1") == "hf://org/name@decade"
+
+
+def test_a_hub_that_does_not_answer_is_one_sentence() -> None:
+    with pytest.raises(UserError, match=r"model\.source org/name: no such local folder, and the hub does not give it"):
+        hub_url("org/name", None)
 
 
 def test_a_file_is_no_model_folder(single: Path) -> None:
