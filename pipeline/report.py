@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from pipeline.artifacts import Artifact, Record, read_record
+from pipeline.config import ScheduleConfig
 from pipeline.errors import UserError
 from pipeline.identity import run_identity
 from pipeline.merge import CHECKPOINT_MANIFEST, publish, published_config, quantized_linears
@@ -70,6 +71,22 @@ def scheme_words(prepared: Prepared) -> str:
     return f"W{scheme.bits} {size}, {'symmetric' if scheme.symmetric else 'asymmetric'}"
 
 
+def schedule_words(schedule: ScheduleConfig) -> str:
+    """What blocks trained on."""
+    if schedule.kind == "sequential":
+        return "sequential"
+    refresh = (
+        f"inputs renewed every {schedule.refresh_every} epochs" if schedule.refresh_every else "inputs never renewed"
+    )
+    return f"{schedule.kind}, {refresh}" + (f", lead {schedule.lead}" if schedule.lead else "")
+
+
+METHOD_WORDS = {
+    "none": "weights as they are",
+    "diagonal": "increments of the singular values (LSI, arXiv 2406.16299)",
+    "dense": "increments of every weight",
+}
+CLIPPING_WORDS = {"none": "", "learned": " and learned clipping (LWC, arXiv 2308.13137)"}
 LABELS = {"full_precision": "full precision", "round_to_nearest": "round-to-nearest", "quantized": "quantized"}
 
 
@@ -102,8 +119,9 @@ def model_card(prepared: Prepared, table: dict[str, dict[str, float]], blocks: l
         "---",
         f"# {config.model.source.rstrip('/').rsplit('/', 1)[-1]}, {scheme_words(prepared)}",
         "",
-        "Quantized by block-wise calibration with learnable singular value increments (LSI, arXiv 2406.16299) and learned",
-        "clipping (OmniQuant, arXiv 2308.13137). Stored in compressed-tensors `pack-quantized` form; `transformers` loads it as it is:",
+        f"Quantized block by block: {METHOD_WORDS[config.method.increment]}{CLIPPING_WORDS[config.method.clipping]}, trained so that",
+        "each block's output stays that of the full-precision block. Stored in compressed-tensors `pack-quantized` form;",
+        "`transformers` loads it as it is:",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM",
@@ -113,9 +131,9 @@ def model_card(prepared: Prepared, table: dict[str, dict[str, float]], blocks: l
         "| | |",
         "|---|---|",
         f"| scheme | {scheme_words(prepared)}; left alone: {', '.join(config.scheme.skip) or 'nothing'} |",
-        f"| trained | clipping {config.method.clipping}, increment {config.method.increment} |",
+        f"| trained | clipping {config.method.clipping}, increment {config.method.increment}, loss {config.method.loss} |",
         f"| optimizer | {config.optimizer.epochs} epochs, batches of {config.optimizer.batch_size} |",
-        f"| schedule | {config.schedule.kind}, inputs renewed every {config.schedule.refresh_every} epochs |",
+        f"| schedule | {schedule_words(config.schedule)} |",
         f"| calibration | {config.data.samples} × {config.data.sequence_length} tokens of {config.data.source}, seed {config.data.seed} |",
         f"| made with | {', '.join(f'{name} {value}' for name, value in identity['versions'].items())} |",
     ]
