@@ -14,6 +14,9 @@ from typing import Literal
 from cluster.placement import Placement
 from cluster.units import FailureKind, Unit
 
+# A machine that is taken away says nothing against the unit it ran, so losses have a limit of their own: it only stops a unit
+# that itself brings its worker down, by its memory say.
+MAX_LOSSES = 20
 Status = Literal["done", "replan", "failed", "interrupted"]
 
 
@@ -82,11 +85,12 @@ class State(Enum):
 class Scheduler:
     """The state of one set of units. Units go by their place in the declaration inside, by name outside."""
 
-    def __init__(self, units: Iterable[Unit], max_attempts: int) -> None:
+    def __init__(self, units: Iterable[Unit], max_attempts: int, max_losses: int = MAX_LOSSES) -> None:
         if max_attempts < 1:
             raise ValueError(f"max_attempts is {max_attempts}; a unit needs at least one attempt.")
         self._units = list(units)
         self._max_attempts = max_attempts
+        self._max_losses = max_losses
         self._places = _places(self._units)
         self._missing, self._dependents = _graph(self._units, self._places)
         _check_acyclic(self._units, self._places, self._missing, self._dependents)
@@ -94,6 +98,7 @@ class Scheduler:
         self._counts = Counter(dict.fromkeys(State, 0))
         self._counts[State.WAITING] = len(self._units)
         self._attempts: Counter[int] = Counter()
+        self._losses: Counter[int] = Counter()
         self._workers: set[str] = set()
         self._lost: set[str] = set()
         self._running: dict[str, int] = {}
@@ -157,7 +162,10 @@ class Scheduler:
         self._workers.remove(worker)
         self._placement.remove_worker(worker)
         if worker in self._running:
-            self._try_again(self._running.pop(worker), f"worker {worker} was lost: {reason}")
+            place = self._running.pop(worker)
+            self._losses[place] += 1
+            message = f"lost its worker {self._losses[place]} times; the last time: {worker}: {reason}"
+            self._again_or_fail(place, self._losses[place] < self._max_losses, message)
 
     def _finish(self, worker: str) -> None:
         place = self._free(worker)
@@ -177,12 +185,15 @@ class Scheduler:
 
     def _try_again(self, place: int, message: str) -> None:
         self._attempts[place] += 1
-        if self._attempts[place] < self._max_attempts:
+        attempts = self._attempts[place]
+        self._again_or_fail(place, attempts < self._max_attempts, f"failed {attempts} times; the last time: {message}")
+
+    def _again_or_fail(self, place: int, again: bool, message: str) -> None:
+        if again:
             self._make_ready(place)
             return
         self._move(place, State.FAILED)
-        name, attempts = self._units[place].name, self._attempts[place]
-        self._start_drain("failed", f"Unit {name} failed {attempts} times; the last time: {message}")
+        self._start_drain("failed", f"Unit {self._units[place].name} {message}")
 
     def _start_drain(self, status: Status, reason: str) -> None:
         # The first reason stands: what fails while the rest winds up is often its consequence.
@@ -243,7 +254,8 @@ class Scheduler:
         _hold(missing == self._missing[place], f"{name}: {missing} dependencies are missing, counted otherwise")
         _hold((missing > 0) == (state is State.WAITING), f"{name} is {state.value} with {missing} dependencies missing")
         _hold(self._attempts[place] <= self._max_attempts, f"{name} was tried too often")
-        exhausted = self._attempts[place] == self._max_attempts
+        _hold(self._losses[place] <= self._max_losses, f"{name} was tried too often after losses")
+        exhausted = self._attempts[place] == self._max_attempts or self._losses[place] == self._max_losses
         _hold(not exhausted or state is State.FAILED, f"{name} is {state.value} after its last attempt")
         _hold(state is not State.FAILED or self.draining, f"{name} failed and work goes on")
 

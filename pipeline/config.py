@@ -115,7 +115,9 @@ class ClusterConfig(Section):
     workers: int | None = Field(None, ge=1, description="actors; null: as many as the cluster's CPUs and GPUs allow")
     cpus_per_worker: float = Field(1, gt=0)
     gpus_per_worker: float = Field(0, ge=0)
-    max_attempts: int = Field(3, ge=1, description="tries of one unit before the run gives up")
+    max_attempts: int = Field(
+        3, ge=1, description="failures of one unit before the run gives up; losing a worker is none"
+    )
 
 
 class ComputeConfig(Section):

@@ -112,7 +112,7 @@ def test_the_unit_of_a_lost_worker_is_redone_and_its_late_events_are_ignored() -
     s = Scheduler([unit("a")], 2)
     play(s, WorkerJoined("w0"))
     assert play(s, WorkerLost("w0", "preempted")) == []
-    assert s.attempts("a") == 1
+    assert s.attempts("a") == 0, "a preemption is no attempt that failed"
     assert play(s, WorkerJoined("w1")) == [Assign("a", "w1")]
     assert play(s, done("a", "w0")) == []
     assert play(s, failed("a", "w0", "fatal")) == []
@@ -121,13 +121,18 @@ def test_the_unit_of_a_lost_worker_is_redone_and_its_late_events_are_ignored() -
     assert play(s, done("a", "w1")) == [End("done", "All 1 units are done.")]
 
 
-def test_a_loss_counts_as_an_attempt_and_the_last_one_fails_the_run() -> None:
-    s = Scheduler([unit("a"), unit("b")], 2)
+def test_a_unit_that_loses_every_worker_fails_the_run_in_the_end() -> None:
+    s = Scheduler([unit("a"), unit("b")], max_attempts=2, max_losses=3)
     play(s, WorkerJoined("w0"), WorkerJoined("w1"))
     assert play(s, failed("a", "w0", message="OSError: flaky")) == [Assign("a", "w0")]
-    assert play(s, WorkerLost("w0", "killed")) == []
+    for name in ("w0", "w2"):
+        assert play(s, WorkerLost(name, "killed")) == []
+        assert not s.draining
+        following = "w2" if name == "w0" else "w3"
+        assert play(s, WorkerJoined(following)) == [Assign("a", following)]
+    assert play(s, WorkerLost("w3", "killed")) == []
     assert s.draining
-    reason = "Unit a failed 2 times; the last time: worker w0 was lost: killed"
+    reason = "Unit a lost its worker 3 times; the last time: w3: killed"
     assert play(s, done("b", "w1")) == [End("failed", reason)]
 
 

@@ -39,7 +39,7 @@ class Cluster(RuleBasedStateMachine):
     @initialize(units=plans(), max_attempts=st.integers(1, 3))
     def begin(self, units: list[Unit], max_attempts: int) -> None:
         self.units = {unit.name: unit for unit in units}
-        self.scheduler = Scheduler(units, max_attempts)
+        self.scheduler = Scheduler(units, max_attempts, max_losses=max_attempts + 1)
         self.joined = 0
         self.live: list[str] = []
         self.past: list[tuple[str, str]] = []  # (unit, worker) of everything ever handed out
