@@ -2,10 +2,12 @@
 
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -68,7 +70,11 @@ def _connection(address: str) -> Iterator[None]:
 
 
 def _init(**options: Any) -> None:
+    before = signal.getsignal(signal.SIGTERM)
     ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    # Ray's core takes SIGTERM for itself, prints addresses and ends the process: the caller's handler would never run.
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def _directory() -> str:

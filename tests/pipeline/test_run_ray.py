@@ -133,6 +133,18 @@ def test_ctrl_c_leaves_a_resumable_run_and_says_how(killed_run: tuple[Path, Path
     assert f"lsi quantize {config}" in text
 
 
+def test_sigterm_stops_at_once_and_says_how_to_go_on(killed_run: tuple[Path, Path]) -> None:
+    """A machine that is taken away sends it; Ray's own handler would end the process with a dump of addresses."""
+    config, run_folder = killed_run
+    process = command(config)
+    wait_for_commits(run_folder, "hidden/*/" + RECORD, 3, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert f"lsi quantize {config}" in err.decode()
+    assert "SIGTERM received" not in err.decode()
+
+
 def test_no_cluster_at_the_address_is_one_sentence(model: Path, short_text: Path, tmp_path: Path) -> None:
     tree = tiny_tree(model, short_text, tmp_path / "run", cluster={"address": "127.0.0.1:1"})
     process = command(write_config(tmp_path / "config.yaml", tree))
