@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -81,10 +80,6 @@ def claim(store: Store, config: RunConfig, autocast: torch.dtype | None) -> None
         return
     whole = config.model_dump(mode="json")
     whole["storage"].pop("options")
-    # `lsi merge` may be given from another folder.
-    for section in ("model", "data"):
-        if os.path.exists(source := os.path.expanduser(whole[section]["source"])):
-            whole[section]["source"] = os.path.abspath(source)
     record = {"identity": run_identity(config, autocast), "config": whole}
     store.put(RUN_FILE, json.dumps(record, indent=1, sort_keys=True).encode())
 

@@ -117,6 +117,18 @@ def test_merge_writes_the_same_checkpoint_somewhere_else(finished: Finished, tmp
         assert ours[name] == theirs[name]
 
 
+def test_merge_of_a_run_with_relative_paths(
+    model: Path, short_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").symlink_to(model)
+    (tmp_path / "text.txt").symlink_to(short_text)
+    monkeypatch.chdir(tmp_path)
+    run(tiny_config("model", "text.txt", "run", optimizer={"epochs": 0}))
+    result = lsi("merge", "run", "--checkpoint", "out")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / "config.json").exists()
+
+
 def test_merge_of_a_run_that_is_not_done(model: Path, short_text: Path, tmp_path: Path) -> None:
     config = tiny_config(model, short_text, tmp_path / "run")
     finished = run(config)[0]
