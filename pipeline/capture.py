@@ -13,6 +13,7 @@ from pipeline.artifacts import Artifact, Writer, read_tensors
 from pipeline.worker import Chunk, Worker
 
 CHUNK_FILE = "hidden.safetensors"
+TOKENS_FILE = "tokens.safetensors"
 
 
 def write_chunk(writer: Writer, file: str, hidden: Tensor) -> None:
@@ -29,7 +30,7 @@ class EmbedTask:
     out: Artifact
 
     def __call__(self, worker: Worker) -> dict[str, Any]:
-        tokens = read_tensors(worker.store, self.tokens, "tokens.safetensors")["tokens"][self.start : self.stop]
+        tokens = read_tensors(worker.store, self.tokens, TOKENS_FILE)["tokens"][self.start : self.stop]
         hidden = worker.surroundings().embed(tokens.long().to(worker.device))
         writer = Writer(worker.store, self.out)
         write_chunk(writer, CHUNK_FILE, hidden)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from lsi.grid import Grid
 from pipeline.errors import UserError
 
 
@@ -62,6 +63,11 @@ class SchemeConfig(Section):
         if value not in (2, 3, 4, 8):
             raise ValueError("bits must be 2, 3, 4 or 8")
         return value
+
+    @property
+    def grid(self) -> Grid:
+        """The grid as the algorithm takes it."""
+        return Grid(self.bits, self.group_size, self.symmetric)
 
 
 class MethodConfig(Section):

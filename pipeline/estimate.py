@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from lsi.block import get_linear, linear_names
-from lsi.grid import Grid
 from pipeline.artifacts import Artifact
 from pipeline.config import RunConfig
 from pipeline.graph import Inputs, build_graph
@@ -36,7 +35,7 @@ def open_skeleton(config: RunConfig) -> tuple[Skeleton, torch.dtype]:
 
 def trained_elements(config: RunConfig, skeleton: Skeleton) -> int:
     """Trained numbers in one block."""
-    grid = Grid(config.scheme.bits, config.scheme.group_size, config.scheme.symmetric)
+    grid = config.scheme.grid
     block = skeleton.blocks[0]
     total = 0
     for name in linear_names(block, skeleton.block_prefix(0), config.scheme.skip):
@@ -50,7 +49,7 @@ def estimate(config: RunConfig) -> dict[str, Any]:
     """Units by stage, optimizer steps, bytes. Raises UserError for a configuration that cannot run."""
     skeleton, dtype = open_skeleton(config)
     check_scheme(config, skeleton)
-    grid = Grid(config.scheme.bits, config.scheme.group_size, config.scheme.symmetric)
+    grid = config.scheme.grid
     layout = checkpoint_layout(skeleton, grid, config.scheme.skip, dtype)
     shards = plan_shards(layout, config.outputs.max_shard_mib << 20)
     blocks = len(skeleton)

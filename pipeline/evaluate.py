@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lsi.block import load_quantized, round_block, run_block
 from pipeline.artifacts import Artifact, Writer, read_tensors
+from pipeline.capture import TOKENS_FILE
 from pipeline.optimize import WEIGHTS_FILE, unpack_weights
 from pipeline.perplexity import negative_log_likelihood, perplexity
 from pipeline.skeleton import Surroundings
@@ -36,7 +37,7 @@ class EvaluateTask:
 
     @torch.no_grad()
     def __call__(self, worker: Worker) -> dict[str, Any]:
-        tokens = read_tensors(worker.store, self.text, "tokens.safetensors")["tokens"]
+        tokens = read_tensors(worker.store, self.text, TOKENS_FILE)["tokens"]
         worker.release()
         surroundings = worker.surroundings()
         total = sum(self._group(worker, surroundings, group) for group in tokens.split(windows_at_once(worker, tokens)))
@@ -62,7 +63,9 @@ class EvaluateTask:
         # One block after another: nothing gained by keeping any.
         block = worker.new_block(index)
         if self.variant == "round_to_nearest":
-            load_quantized(block, round_block(block, worker.linears(index), worker.grid, worker.context.dtype))
+            load_quantized(
+                block, round_block(block, worker.linears(index), worker.config.scheme.grid, worker.context.dtype)
+            )
         elif self.variant == "quantized":
             load_quantized(block, unpack_weights(read_tensors(worker.store, self.quantized[index], WEIGHTS_FILE)))
         return block

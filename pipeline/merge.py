@@ -87,7 +87,11 @@ class MergeTask:
 
     def __call__(self, worker: Worker) -> dict[str, Any]:
         worker.release()
-        layouts = dict(checkpoint_layout(worker.skeleton, worker.grid, worker.config.scheme.skip, worker.context.dtype))
+        layouts = dict(
+            checkpoint_layout(
+                worker.skeleton, worker.config.scheme.grid, worker.config.scheme.skip, worker.context.dtype
+            )
+        )
         layout = {key: size for name in self.names for key, size in layouts[name].items()}
         pieces = write_lazily(layout, Packer(worker, self.quantized), {"format": "pt"})
         size, checksum = put_hashed(worker.checkpoint, self.file, pieces)
@@ -125,8 +129,8 @@ class Packer:
             self.block = None
             self.block = (index, unpack_weights(read_tensors(self.worker.store, self.quantized[index], WEIGHTS_FILE)))
         weight = self.block[1][owner.removeprefix(self.worker.skeleton.block_prefix(index) + ".")]
-        zero = None if self.worker.grid.symmetric else weight.zero_point
-        return pack_linear(owner, weight.codes, weight.scale, zero, self.worker.grid.bits)
+        zero = None if self.worker.config.scheme.symmetric else weight.zero_point
+        return pack_linear(owner, weight.codes, weight.scale, zero, self.worker.config.scheme.bits)
 
 
 def shard_intact(checkpoint: Store, record: Record) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lsi.block import load_quantized, round_block, run_block
-from lsi.grid import Grid, QuantizedWeight
+from lsi.grid import QuantizedWeight
 from lsi.increment import DEFAULT_LEARNING_RATE
 from lsi.reconstruct import Method, Reconstruction, token_losses
 from pipeline.artifacts import Artifact, Writer, read_record, read_tensors
@@ -53,9 +53,8 @@ def increment_learning_rate(config: RunConfig) -> float:
 def make_method(context: Context) -> Method:
     """The algorithm's settings from the configuration."""
     config, kind = context.config, context.config.method.increment
-    scheme = config.scheme
     return Method(
-        grid=Grid(scheme.bits, scheme.group_size, scheme.symmetric),
+        grid=config.scheme.grid,
         clipping=config.method.clipping == "learned",
         increment=kind,
         clipping_learning_rate=config.optimizer.clipping_learning_rate,
@@ -150,8 +149,7 @@ class TrainTask:
             return trained, best, record.meta["history"]
         del held
         tensors = read_tensors(worker.store, self.previous, STATE_FILE)
-        record = read_record(worker.store, self.previous)
-        assert record is not None
+        assert record is not None, "read_tensors refuses what has no record"
         trained = begin(worker, self.block)
         trained.reconstruction.import_state(
             {k.removeprefix("state/"): t for k, t in tensors.items() if k.startswith("state/")}
@@ -236,7 +234,9 @@ class RoundTask:
 
     def __call__(self, worker: Worker) -> dict[str, Any]:
         started = time.time()
-        weights = round_block(worker.block(self.block), worker.linears(self.block), worker.grid, worker.context.dtype)
+        weights = round_block(
+            worker.block(self.block), worker.linears(self.block), worker.config.scheme.grid, worker.context.dtype
+        )
         writer = Writer(worker.store, self.quantized)
         writer.write_tensors(WEIGHTS_FILE, pack_weights(weights))
         entry = stamp(worker.name, started)

@@ -1,4 +1,4 @@
-"""A run before its units: everything that can be checked without work is checked, and the tokens are stored."""
+"""A run before its units: everything that can be checked without work is checked, and the tokens are read."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lsi.block import linear_names
 from pipeline.artifacts import Artifact, CorruptArtifactError, Writer, digest, intact, read_file, read_record
+from pipeline.capture import TOKENS_FILE
 from pipeline.config import RunConfig
 from pipeline.data import calibration_tokens, evaluation_tokens
 from pipeline.errors import UserError
@@ -26,8 +27,6 @@ from pipeline.skeleton import Skeleton, check_groups, check_tensors, make_skelet
 from pipeline.store import Store, absolute, open_store
 from pipeline.tensors import tensor_bytes
 from pipeline.worker import Context
-
-TOKENS_FILE = "tokens.safetensors"
 
 
 @dataclass
@@ -124,7 +123,7 @@ def ensure_tokens(store: Store, values: dict[Artifact, Tensor]) -> None:
 
 
 def prepare(config: RunConfig, report: Reporter) -> Prepared:
-    """Check everything that can be checked without work, and store the tokens."""
+    """Check everything that can be checked without work. The driver stores the tokens with its first plan."""
     if config.compute.device == "cuda" and config.cluster.address is None and not torch.cuda.is_available():
         raise UserError(
             "compute.device is cuda, but this machine has no CUDA device; set compute.device to cpu or give cluster.address"
@@ -143,7 +142,6 @@ def prepare(config: RunConfig, report: Reporter) -> Prepared:
     report.message(f"reading calibration text {config.data.source}")
     tokens, texts, values = read_tokens(config, source)
     claim(store, config, autocast)
-    ensure_tokens(store, values)
     dtype = source.dtype(config.model.dtype)
     context = Context(
         config=config,

@@ -19,7 +19,6 @@ from cluster.inline import InlineGroup
 from cluster.ray_group import RayGroup
 from cluster.session import default_workers, ray_session
 from cluster.units import ClusterError
-from lsi.grid import Grid
 from pipeline.config import RunConfig
 from pipeline.driver import Driver
 from pipeline.errors import UserError
@@ -77,7 +76,7 @@ Workers = Callable[[RunConfig, Context, Reporter], Any]
 def shard_plan(prepared: Prepared) -> list[tuple[str, tuple[str, ...], tuple[int, ...]]]:
     """The checkpoint's files: name, parameters, blocks whose results they hold."""
     config = prepared.config
-    grid = Grid(config.scheme.bits, config.scheme.group_size, config.scheme.symmetric)
+    grid = config.scheme.grid
     layout = checkpoint_layout(prepared.skeleton, grid, config.scheme.skip, prepared.context.dtype)
     shards = plan_shards(layout, config.outputs.max_shard_mib << 20)
     linears = quantized_linears(prepared.skeleton, config.scheme.skip)

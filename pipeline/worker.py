@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from cluster.units import UnitError
 from lsi.block import linear_names
-from lsi.grid import Grid
 from pipeline.artifacts import Artifact, CorruptArtifactError, discard, read_tensors
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
@@ -105,6 +104,7 @@ class Worker:
         self.store = open_store(context.run_url, context.config.storage.options)
         self.checkpoint = open_store(context.checkpoint_url, context.config.storage.options)
         self.chunks = ChunkCache(self.store, context.config.storage.cache_mib << 20)
+        self._arguments: dict[int, list[Arguments]] = {}
         self._block: tuple[int, nn.Module] | None = None
         # The optimize stage keeps its block here from one epoch to the next.
         self.held: tuple[str, Any] | None = None
@@ -117,15 +117,6 @@ class Worker:
     @cached_property
     def skeleton(self) -> Skeleton:
         return make_skeleton(self.source.config, trust_remote_code=self.config.model.trust_remote_code)
-
-    @cached_property
-    def grid(self) -> Grid:
-        scheme = self.config.scheme
-        return Grid(scheme.bits, scheme.group_size, scheme.symmetric)
-
-    @cached_property
-    def _arguments(self) -> dict[int, list[Arguments]]:
-        return {}
 
     def surroundings(self) -> Surroundings:
         """Embeddings, norm and head. Not kept: a stage that needs them holds them for one unit."""
