@@ -9,8 +9,16 @@ from cluster.units import FailureKind, Unit, UnitError
 Handler = Callable[[Any], dict]
 """Does one unit, given its payload. May be called twice with the same one."""
 
-Setup = Callable[[str], Handler]
+ShouldYield = Callable[[], bool]
+"""Whether this worker has been told to leave: its unit commits what it has and raises `YieldUnit` within seconds."""
+
+Setup = Callable[[str, ShouldYield], Handler]
 """Called once in each worker's process with the worker's name. Must be picklable."""
+
+
+def stay() -> bool:
+    """The `ShouldYield` of a worker that nobody asks to leave."""
+    return False
 
 
 class WorkerGroup(Protocol):

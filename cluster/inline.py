@@ -4,7 +4,7 @@ import time
 import traceback
 from collections import deque
 
-from cluster.group import Setup, failure_of
+from cluster.group import Setup, failure_of, stay
 from cluster.scheduler import Event, UnitDone, UnitFailed
 from cluster.units import Unit
 
@@ -13,7 +13,7 @@ class InlineGroup:
     """Runs the submitted units inside `poll`, one at a time, in the order of submission."""
 
     def __init__(self, setup: Setup, workers: int = 1) -> None:
-        self._handlers = {name: setup(name) for name in (f"inline-{i}" for i in range(workers))}
+        self._handlers = {name: setup(name, stay) for name in (f"inline-{i}" for i in range(workers))}
         self._submitted: deque[tuple[str, Unit]] = deque()
 
     def workers(self) -> list[str]:

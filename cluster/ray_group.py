@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from cluster.group import Handler, Setup, failure_of
+from cluster.group import Handler, Setup, failure_of, stay
 from cluster.scheduler import Event, UnitDone, UnitFailed, WorkerJoined, WorkerLost
 from cluster.session import check_room
 from cluster.units import ClusterError, FailureKind, Unit
@@ -33,7 +33,7 @@ class _Worker:
 
     def start(self, setup: Setup, name: str) -> _Failure | None:
         try:
-            self._handler: Handler = setup(name)
+            self._handler: Handler = setup(name, stay)
         except Exception as error:
             return _Failure(*failure_of(error), traceback.format_exc())
         return None

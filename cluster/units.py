@@ -40,5 +40,9 @@ class UnitError(Exception):
         return self.message
 
 
+class YieldUnit(Exception):  # noqa: N818  (not an error)
+    """Raised by a handler that was asked to leave: what it has is committed, and the unit goes on elsewhere from there."""
+
+
 class ClusterError(Exception):
     """The workers themselves cannot be had: the message says what was asked, what there is and what to do."""

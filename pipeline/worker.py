@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cluster.group import ShouldYield, stay
 from cluster.units import UnitError
 from lsi.block import linear_names
 from pipeline.artifacts import Artifact, CorruptArtifactError, discard, read_tensors
@@ -96,10 +97,11 @@ class ChunkCache:
 class Worker:
     """An actor's open model and stores, and the last block it worked on."""
 
-    def __init__(self, context: Context, name: str) -> None:
+    def __init__(self, context: Context, name: str, should_yield: ShouldYield = stay) -> None:
         self.context = context
         self.config = context.config
         self.name = name
+        self.should_yield = should_yield
         self.device = context.config.compute.device
         self.store = open_store(context.run_url, context.config.storage.options)
         self.checkpoint = open_store(context.checkpoint_url, context.config.storage.options)
@@ -165,13 +167,13 @@ def limit_threads(threads: int) -> None:
 Task = Callable[[Worker], dict[str, Any]]
 
 
-def make_handler(context: Context, name: str) -> Callable[[Task], dict[str, Any]]:
+def make_handler(context: Context, name: str, should_yield: ShouldYield = stay) -> Callable[[Task], dict[str, Any]]:
     """The function that an actor runs units with. A unit is a picklable callable on the worker, such as a dataclass."""
     limit_threads(context.config.compute.threads)
     # cuBLAS is deterministic only with a fixed workspace, chosen before CUDA starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    worker = Worker(context, name)
+    worker = Worker(context, name, should_yield)
     return lambda task: handle_unit(task, worker)
 
 

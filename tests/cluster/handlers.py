@@ -5,22 +5,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster.group import Handler
+from cluster.group import Handler, ShouldYield, stay
 from cluster.units import UnitError
 
 
-def setup(worker: str) -> Handler:
+def setup(worker: str, should_yield: ShouldYield = stay) -> Handler:
     def handle(payload: dict[str, Any]) -> dict:
         return ACTIONS[payload["do"]](payload) | {"worker": worker, "pid": os.getpid()}
 
     return handle
 
 
-def refusing_setup(worker: str) -> Handler:
+def refusing_setup(worker: str, should_yield: ShouldYield = stay) -> Handler:
     raise UnitError("fatal", "this driver is too old")
 
 
-def failing_setup(worker: str) -> Handler:
+def failing_setup(worker: str, should_yield: ShouldYield = stay) -> Handler:
     raise OSError("no such device")
 
 
