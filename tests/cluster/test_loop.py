@@ -13,7 +13,7 @@ from cluster.units import Unit, UnitError
 
 
 def group_of(handler: Handler, workers: int = 1) -> InlineGroup:
-    return InlineGroup(lambda worker: handler, workers)
+    return InlineGroup(lambda worker, should_yield: handler, workers)
 
 
 def test_units_run_in_dependency_order_and_the_group_serves_again() -> None:
