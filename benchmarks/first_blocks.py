@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lsi.block import linear_names, load_quantized, run_block
 from lsi.grid import Grid, QuantizedWeight
-from lsi.increment import DEFAULT_LEARNING_RATE, KINDS
+from lsi.increment import DEFAULT_LEARNING_RATE, KINDS, Increment
 from lsi.reconstruct import Method, Reconstruction, token_losses
 from pipeline.config import DataConfig, ScheduleConfig
 from pipeline.data import calibration_tokens, evaluation_tokens
@@ -78,9 +78,9 @@ class Trial:
         method = Method(
             grid=Grid(options.bits, options.group_size, options.symmetric),
             clipping=True,
-            increment=options.increment,
+            increment=Increment(options.increment, options.rank, options.corner, options.band),
             clipping_learning_rate=options.clipping_rate,
-            increment_learning_rate=options.increment_rate or DEFAULT_LEARNING_RATE[options.increment],
+            increment_learning_rate=options.increment_rate or DEFAULT_LEARNING_RATE,
             total_steps=options.epochs * -(-CHUNK // options.batch) * len(self.boundaries[0]),
             scale_dtype=torch.bfloat16,
             loss=options.loss,
@@ -144,6 +144,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--symmetric", action="store_true")
     parser.add_argument("--increment", choices=sorted(KINDS), default="dense")
+    parser.add_argument("--rank", type=int)
+    parser.add_argument("--corner", type=int, default=100)
+    parser.add_argument("--band", type=int, default=1)
     parser.add_argument("--increment-rate", type=float)
     parser.add_argument("--clipping-rate", type=float, default=1e-1)
     parser.add_argument("--loss", choices=["relative", "mse"], default="relative")

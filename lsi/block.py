@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lsi.grid import Grid, QuantizedWeight, round_to_nearest
+from lsi.increment import Increment
 from lsi.linear import QuantizedLinear
 
 Hidden = Float[Tensor, "batch sequence hidden"]
@@ -35,7 +36,7 @@ def get_linear(block: nn.Module, name: str) -> nn.Linear:
 
 
 def replace_linears(
-    block: nn.Module, names: list[str], grid: Grid, *, clipping: bool, increment: str, scale_dtype: torch.dtype
+    block: nn.Module, names: list[str], grid: Grid, *, clipping: bool, increment: Increment, scale_dtype: torch.dtype
 ) -> dict[str, QuantizedLinear]:
     """Put trainable quantized linears in the place of the named ones, freeze the rest, and return them by name."""
     block.requires_grad_(False)

@@ -12,6 +12,7 @@ is to even and an odd offset would break ties the other way.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -93,22 +94,44 @@ def grid_parameters(
     return scale, straight_through(signed, signed.round()) + grid.middle
 
 
-def _steps(
-    weight: Float[Tensor, "out in"], scale: Float[Tensor, "out groups"], zero: Float[Tensor, "out groups"], grid: Grid
-) -> Float[Tensor, "out groups size"]:
-    """Position on the signed grid, before rounding."""
-    grouped = weight.view(*scale.shape, -1)
-    signed = grouped / scale.unsqueeze(-1) + (zero - grid.middle).unsqueeze(-1)
-    return signed.clamp(-grid.middle, grid.middle - 1)
+class _FakeQuantize(torch.autograd.Function):
+    """scale · (clamp(round(W / scale + z)) − z), on the signed range, with straight-through gradients written out.
+
+    The plain form builds a dozen tensors of the weight's size, this one three; the gradients are those of rounding
+    straight-through and of the clamp after it. With m = 1 where nothing was clamped, and n = codes − z:
+
+        ∂/∂W = m      ∂/∂scale = n − m · W / scale      ∂/∂z = (m − 1) · scale
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, zero: Tensor, middle: int) -> Tensor:
+        steps = (weight / scale).add_(zero).round_()
+        codes = steps.clamp(-middle, middle - 1)
+        inside = codes == steps
+        codes -= zero
+        ctx.save_for_backward(weight, scale, codes, inside)
+        return codes * scale
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        weight, scale, codes, inside = ctx.saved_tensors
+        passed = gradient * inside
+        by_scale = by_zero = None
+        if ctx.needs_input_grad[1]:
+            by_scale = (gradient * codes).sum(-1, keepdim=True) - (passed * weight).sum(-1, keepdim=True) / scale
+        if ctx.needs_input_grad[2]:
+            by_zero = (passed.sum(-1, keepdim=True) - gradient.sum(-1, keepdim=True)) * scale
+        return passed, by_scale, by_zero, None
 
 
 def fake_quantize(
     weight: Float[Tensor, "out in"], scale: Float[Tensor, "out groups"], zero: Float[Tensor, "out groups"], grid: Grid
 ) -> Float[Tensor, "out in"]:
     """W_hat, differentiable in the weight, the scale and the zero point (rounding straight-through)."""
-    steps = _steps(weight, scale, zero, grid)
-    steps = straight_through(steps, steps.round()) - (zero - grid.middle).unsqueeze(-1)
-    return (scale.unsqueeze(-1) * steps).view_as(weight)
+    grouped = weight.view(*scale.shape, -1)
+    signed = (zero - grid.middle).unsqueeze(-1)
+    return _FakeQuantize.apply(grouped, scale.unsqueeze(-1), signed, grid.middle).view_as(weight)
 
 
 @torch.no_grad()
@@ -120,7 +143,9 @@ def quantize(
     scale_dtype: torch.dtype,
 ) -> QuantizedWeight:
     """The codes that `fake_quantize` stands for."""
-    codes = _steps(weight, scale, zero, grid).round() + grid.middle
+    grouped = weight.view(*scale.shape, -1)
+    signed = grouped / scale.unsqueeze(-1) + (zero - grid.middle).unsqueeze(-1)
+    codes = signed.round().clamp(-grid.middle, grid.middle - 1) + grid.middle
     return QuantizedWeight(codes.view_as(weight).to(torch.uint8), scale.to(scale_dtype), zero.to(torch.uint8))
 
 

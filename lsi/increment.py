@@ -1,23 +1,59 @@
 """The increment: W' = W + U · M · Vh, with M trained and W exact at M = 0.
 
-One family, told apart by which entries of M are free (LSI, arXiv 2406.16299, equations 3 and 4):
+One family, told apart by which entries of M are free:
 
     none      no entry: W' = W
-    diagonal  the singular values' increments I: W' = W + U · diag(I) · Vh
-    dense     every entry. With U and Vh orthogonal that is any ΔW, so ΔW is trained itself and no factors are needed;
-              it is counted in grid steps, which makes one learning rate fit every layer
+    diagonal  the singular values' increments I (LSI, arXiv 2406.16299, equations 3 and 4)
+    corner    the diagonal, and a dense k × k block K in the top-left corner, for groups (LSI, section 3.3)
+    band      the entries within `band` of the diagonal (SDE, arXiv 2407.15508); a band of 0 is the diagonal
+    dense     every entry. With U and Vh orthogonal that is any ΔW, so ΔW is trained itself and no factors are needed
+
+`rank` keeps the leading singular values only; a dense M is then rank × rank between the leading factors.
 
 Adding to W, instead of multiplying factors out, keeps W' = W at the start whatever the factorization's rounding error.
-A new kind is a class here and an entry in `KINDS`.
+
+All entries are counted in grid steps: an M whose every entry is ±1 changes the weights by one mean grid step, root mean
+square. So one learning rate fits every kind, every shape and every width of the grid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+Kind = Literal["none", "diagonal", "corner", "band", "dense"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True)
+class Increment:
+    """Which entries of M are free. `corner` is k, `band` the number of diagonals on each side of the main one."""
+
+    kind: Kind = "diagonal"
+    rank: int | None = None
+    corner: int = 100
+    band: int = 1
+
+    @property
+    def smallest_rank(self) -> int:
+        """The least rank that a weight must have for this increment: what `rank` or the corner ask for."""
+        return max(self.rank or 1, self.corner if self.kind == "corner" else 1)
+
+    def entries(self, out_features: int, in_features: int) -> int:
+        """How many numbers are trained in one linear."""
+        rank = self.rank or min(out_features, in_features)
+        return {
+            "none": 0,
+            "diagonal": rank,
+            "corner": rank + self.corner**2,
+            "band": rank * (2 * self.band + 1),
+            "dense": out_features * in_features if self.rank is None else rank**2,
+        }[self.kind]
 
 
 class NoIncrement(nn.Module):
@@ -27,21 +63,51 @@ class NoIncrement(nn.Module):
         return weight
 
 
-class DiagonalIncrement(nn.Module):
-    """Learnable singular value increment: one number a singular value."""
+class FactoredIncrement(nn.Module):
+    """M between the leading factors of W: any sum of a diagonal, a corner and a band of diagonals."""
 
     left: Float[Tensor, "out rank"]
     right: Float[Tensor, "rank in"]
 
-    def __init__(self, weight: Float[Tensor, "out in"]) -> None:
+    def __init__(self, weight: Float[Tensor, "out in"], step: float, increment: Increment) -> None:
         super().__init__()
-        left, right = factorize(weight)
+        if increment.smallest_rank > min(weight.shape):
+            raise ValueError(f"an increment of rank {increment.smallest_rank} for a weight of {tuple(weight.shape)}")
+        left, right = factorize(weight, increment.rank)
         self.register_buffer("left", left, persistent=False)
         self.register_buffer("right", right, persistent=False)
-        self.increment = nn.Parameter(torch.zeros(left.shape[1], dtype=weight.dtype, device=weight.device))
+        rank, self.scale = left.shape[1], step * math.sqrt(weight.numel())
+        self.diagonal, self.corner, self.band = None, None, None
+        if increment.kind in ("diagonal", "corner"):
+            self.diagonal = nn.Parameter(weight.new_zeros(rank))
+        if increment.kind == "corner":
+            self.corner = nn.Parameter(weight.new_zeros(increment.corner, increment.corner))
+        if increment.kind == "band":
+            self.band = nn.Parameter(weight.new_zeros(2 * increment.band + 1, rank))
+        if increment.kind == "dense":
+            self.corner = nn.Parameter(weight.new_zeros(rank, rank))
+
+    def _unit(self, entries: Tensor) -> Tensor:
+        """Entries in steps → entries of M: n of them at 1 have the Frobenius norm of one step in every weight."""
+        return entries * (self.scale / math.sqrt(entries.numel()))
+
+    def middle_times_right(self) -> Float[Tensor, "rank in"]:
+        """M · Vh."""
+        product = torch.zeros_like(self.right)
+        if self.diagonal is not None:
+            product = product + self._unit(self.diagonal).unsqueeze(-1) * self.right
+        if self.corner is not None:
+            size = len(self.corner)
+            rows = self._unit(self.corner) @ self.right[:size]
+            product = product + nn.functional.pad(rows, (0, 0, 0, len(self.right) - size))
+        if self.band is not None:
+            half = len(self.band) // 2
+            for offset, entries in zip(range(-half, half + 1), self._unit(self.band), strict=True):
+                product = product + entries.unsqueeze(-1) * shifted(self.right, offset)
+        return product
 
     def forward(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        return weight + (self.left * self.increment) @ self.right
+        return weight + self.left @ self.middle_times_right()
 
 
 class DenseIncrement(nn.Module):
@@ -59,27 +125,38 @@ class DenseIncrement(nn.Module):
         return weight + (self.increment.view(out, groups, -1) * self.step).view_as(weight)
 
 
-def factorize(weight: Float[Tensor, "out in"]) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
-    """U and Vh of the thin SVD, singular values in falling order, signs fixed.
+def shifted(rows: Float[Tensor, "rank in"], offset: int) -> Float[Tensor, "rank in"]:
+    """Row i is row i + offset of the argument, zero where there is none."""
+    if abs(offset) >= len(rows):
+        return torch.zeros_like(rows)
+    moved = rows[max(offset, 0) : len(rows) + min(offset, 0)]
+    return nn.functional.pad(moved, (0, 0, max(-offset, 0), max(offset, 0)))
+
+
+def factorize(
+    weight: Float[Tensor, "out in"], rank: int | None = None
+) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
+    """U and Vh of the thin SVD, singular values in falling order, the leading `rank` of them, signs fixed.
 
     Each pair's sign is free; the largest entry of every column of U is made positive, so that equal weights give equal factors.
     """
     left, _, right = torch.linalg.svd(weight, full_matrices=False)
+    left, right = left[:, :rank], right[:rank]
     peak = left.gather(0, left.abs().argmax(0, keepdim=True)).squeeze(0)
     sign = torch.where(peak < 0, -1.0, 1.0).to(weight.dtype)
     return left * sign, right * sign.unsqueeze(-1)
 
 
-Maker = Callable[[Tensor, Tensor], nn.Module]
-KINDS: dict[str, Maker] = {
-    "none": lambda weight, step: NoIncrement(),
-    "diagonal": lambda weight, step: DiagonalIncrement(weight),
-    "dense": DenseIncrement,
-}
-# Steps per kind, found by measuring (benchmarks/results): absolute on singular values, in grid steps for dense.
-DEFAULT_LEARNING_RATE = {"none": 1.0, "diagonal": 2e-2, "dense": 1e-2}
+# In grid steps, for every kind; found by measuring (benchmarks/results).
+DEFAULT_LEARNING_RATE = 1e-2
 
 
-def make_increment(kind: str, weight: Float[Tensor, "out in"], step: Float[Tensor, "out groups"]) -> nn.Module:
-    """The increment module of one linear; `step` is its initial grid's scale."""
-    return KINDS[kind](weight, step)
+def make_increment(
+    increment: Increment, weight: Float[Tensor, "out in"], step: Float[Tensor, "out groups"]
+) -> nn.Module:
+    """The increment module of one linear; `step` is its initial grid's scale. Raises ValueError for too high a rank."""
+    if increment.kind == "none":
+        return NoIncrement()
+    if increment.kind == "dense" and increment.rank is None:
+        return DenseIncrement(weight, step)
+    return FactoredIncrement(weight, step.mean().item(), increment)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lsi.grid import Grid, QuantizedWeight, fake_quantize, grid_parameters, group_range, quantize
-from lsi.increment import make_increment
+from lsi.increment import Increment, make_increment
 
 # sigmoid(4) = 0.982: the bounds begin just inside the full range (OmniQuant, section 3.2).
 CLIPPING_START = 4.0
@@ -38,7 +38,7 @@ class QuantizedLinear(nn.Module):
     bias: Float[Tensor, " out"] | None
 
     def __init__(
-        self, linear: nn.Linear, grid: Grid, *, clipping: bool, increment: str, scale_dtype: torch.dtype
+        self, linear: nn.Linear, grid: Grid, *, clipping: bool, increment: Increment, scale_dtype: torch.dtype
     ) -> None:
         super().__init__()
         self.grid = grid

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lsi.block import Hidden, replace_linears, run_block, trainable
 from lsi.grid import Grid, QuantizedWeight
+from lsi.increment import Increment
 
 Status = Literal["ok", "non_finite"]
 LossKind = Literal["mse", "relative"]
@@ -32,7 +33,7 @@ class Method:
 
     grid: Grid
     clipping: bool
-    increment: str
+    increment: Increment
     clipping_learning_rate: float
     increment_learning_rate: float
     total_steps: int

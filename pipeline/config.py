@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lsi.grid import Grid
+from lsi.increment import Increment, Kind
 from pipeline.errors import UserError
 
 
@@ -74,13 +75,22 @@ class MethodConfig(Section):
     """What is learned."""
 
     clipping: Literal["learned", "none"] = Field("learned", description="learned clipping bounds (LWC)")
-    increment: Literal["none", "diagonal", "dense"] = Field(
-        "diagonal", description="M in W' = W + U M Vh: none, diagonal (LSI), dense (every weight)"
+    increment: Kind = Field(
+        "diagonal",
+        description="M in W' = W + U M Vh: none, diagonal (LSI), corner (and a dense k x k corner), band (SDE), dense (every weight)",
     )
+    rank: int | None = Field(None, ge=1, description="keep the leading singular values only; null: all of them")
+    corner: int = Field(100, ge=1, description="k of the corner increment; the paper has 100 to 600")
+    band: int = Field(1, ge=0, description="diagonals on each side of the main one, of the band increment")
     loss: Literal["relative", "mse"] = Field(
         "relative",
         description="error of a block's outputs, each token divided by its own size, or as in the papers not divided",
     )
+
+    @property
+    def increments(self) -> Increment:
+        """The increment as the algorithm takes it."""
+        return Increment(self.increment, self.rank, self.corner, self.band)
 
 
 class OptimizerConfig(Section):
@@ -92,7 +102,7 @@ class OptimizerConfig(Section):
     batch_size: int = Field(2, ge=1, description="sequences a step")
     clipping_learning_rate: float = Field(1e-1, gt=0, description="for the clipping bounds, before their sigmoid")
     increment_learning_rate: float | None = Field(
-        None, gt=0, description="diagonal: on singular values; dense: in grid steps. Default by kind: 2e-2 and 1e-2"
+        None, gt=0, description="in grid steps of each linear, whatever the increment's kind. Default: 1e-2"
     )
     seed: int = Field(0, description="order of the samples")
 

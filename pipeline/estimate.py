@@ -40,7 +40,7 @@ def trained_elements(config: RunConfig, skeleton: Skeleton) -> int:
     total = 0
     for name in linear_names(block, skeleton.block_prefix(0), config.scheme.skip):
         out, width = get_linear(block, name).weight.shape
-        total += {"none": 0, "diagonal": min(out, width), "dense": out * width}[config.method.increment]
+        total += config.method.increments.entries(out, width)
         total += 2 * out * grid.groups(width) if config.method.clipping == "learned" else 0
     return total
 

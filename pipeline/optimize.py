@@ -46,17 +46,17 @@ def steps_per_epoch(config: RunConfig) -> int:
 
 
 def increment_learning_rate(config: RunConfig) -> float:
-    """The configured one, or the kind's default."""
-    return config.optimizer.increment_learning_rate or DEFAULT_LEARNING_RATE[config.method.increment]
+    """The configured one, or the default."""
+    return config.optimizer.increment_learning_rate or DEFAULT_LEARNING_RATE
 
 
 def make_method(context: Context) -> Method:
     """The algorithm's settings from the configuration."""
-    config, kind = context.config, context.config.method.increment
+    config = context.config
     return Method(
         grid=config.scheme.grid,
         clipping=config.method.clipping == "learned",
-        increment=kind,
+        increment=config.method.increments,
         clipping_learning_rate=config.optimizer.clipping_learning_rate,
         increment_learning_rate=increment_learning_rate(config),
         total_steps=config.optimizer.epochs * steps_per_epoch(config),

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsi.block import linear_names
+from lsi.block import get_linear, linear_names
 from pipeline.artifacts import Artifact, CorruptArtifactError, Writer, digest, intact, read_file, read_record
 from pipeline.capture import TOKENS_FILE
-from pipeline.config import RunConfig
+from pipeline.config import MethodConfig, RunConfig
 from pipeline.data import calibration_tokens, evaluation_tokens
 from pipeline.errors import UserError
 from pipeline.gguf_import import import_gguf
@@ -84,11 +84,24 @@ def check_scheme(config: RunConfig, skeleton: Skeleton) -> None:
     for index in range(len(skeleton)):
         names = linear_names(skeleton.blocks[index], skeleton.block_prefix(index), config.scheme.skip)
         check_groups(skeleton, index, names, config.scheme.group_size)
+        check_rank(skeleton, index, names, config.method)
         found = found or bool(names)
     if not found:
         raise UserError(
             f"{type(skeleton.model).__name__}: its blocks hold no linear layers that scheme.skip {config.scheme.skip} does not leave "
             "alone, so there is nothing to quantize; skip fewer, or this architecture is not supported"
+        )
+
+
+def check_rank(skeleton: Skeleton, index: int, names: list[str], method: MethodConfig) -> None:
+    """Refuse a rank or a corner that some linear is too small for."""
+    asked = method.increments.smallest_rank
+    key = "rank" if method.rank == asked else "corner"
+    ranks = {name: min(get_linear(skeleton.blocks[index], name).weight.shape) for name in names}
+    if small := {name: rank for name, rank in ranks.items() if rank < asked}:
+        listed = ", ".join(f"{name} ({rank})" for name, rank in small.items())
+        raise UserError(
+            f"method.{key} {asked} is above the rank of {listed}: set method.{key} to {min(small.values())} or less"
         )
 
 

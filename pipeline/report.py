@@ -84,6 +84,8 @@ def schedule_words(schedule: ScheduleConfig) -> str:
 METHOD_WORDS = {
     "none": "weights as they are",
     "diagonal": "increments of the singular values (LSI, arXiv 2406.16299)",
+    "corner": "increments of the singular values with a dense corner (LSI, arXiv 2406.16299)",
+    "band": "increments of the singular values and the diagonals beside them (SDE, arXiv 2407.15508)",
     "dense": "increments of every weight",
 }
 CLIPPING_WORDS = {"none": "", "learned": " and learned clipping (LWC, arXiv 2308.13137)"}

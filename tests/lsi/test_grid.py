@@ -186,17 +186,21 @@ class Case:
         self.zero = torch.tensor([[3.0, 1.0], [5.0, 7.0], [0.0, 4.0]], dtype=torch.float64)
         self.out = normal(3, 8, seed=13, dtype=torch.float64)
         position = self.position(self.weight, self.scale, self.zero)
-        self.inside = (position > 0) & (position < self.grid.levels)
-        edge = torch.minimum(position.abs(), (position - self.grid.levels).abs())
+        # What rounds to a code of the grid is inside, half a step beyond its last codes too.
+        self.inside = (position > -0.5) & (position < self.grid.levels + 0.5)
+        edge = torch.minimum((position + 0.5).abs(), (position - self.grid.levels - 0.5).abs())
         assert edge.min() > 1e-3
         assert 0.3 < self.inside.double().mean() < 0.9
-        self.residual = position.clamp(0, self.grid.levels).round() - position.clamp(0, self.grid.levels)
+        self.residual = position.round().clamp(0, self.grid.levels) - self.clamped(position)
+
+    def clamped(self, position: Tensor) -> Tensor:
+        return position.clamp(-0.5, self.grid.levels + 0.5)
 
     def position(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         return weight.view(3, 2, 4) / scale[..., None] + zero[..., None]
 
     def smooth(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        steps = self.position(weight, scale, zero).clamp(0, self.grid.levels) + self.residual
+        steps = self.clamped(self.position(weight, scale, zero)) + self.residual
         return ((scale[..., None] * (steps - zero[..., None])).view(3, 8) * self.out).sum()
 
     def gradients(self) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lsi.grid import Grid, round_to_nearest
-from lsi.increment import KINDS
+from lsi.increment import KINDS, Increment
 from lsi.linear import QuantizedLinear
 
 BITS = pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -26,12 +26,16 @@ def make(
     grid: Grid,
     *,
     clipping: bool = False,
-    increment: str = "none",
+    increment: str = "none",  # with small parameters for small matrices
     scale_dtype: torch.dtype = torch.float32,
     bias: Tensor | None = None,
 ) -> QuantizedLinear:
     return QuantizedLinear(
-        linear_of(weight, bias), grid, clipping=clipping, increment=increment, scale_dtype=scale_dtype
+        linear_of(weight, bias),
+        grid,
+        clipping=clipping,
+        increment=Increment(increment, corner=3, band=1),
+        scale_dtype=scale_dtype,
     )
 
 
@@ -87,7 +91,7 @@ def test_only_clipping_and_increment_are_trained() -> None:
     assert {name for name, _ in linear.named_parameters()} == {
         "clipping.lower",
         "clipping.upper",
-        "increment.increment",
+        "increment.diagonal",
     }
     linear(normal(2, 8)).sum().backward()
     assert all(parameter.grad is not None for parameter in linear.parameters())
@@ -189,18 +193,19 @@ class Case:
         # Each rounding takes in what the ones before it have rounded.
         for part in self.residual:
             value = self.parts(self.values)[part]
-            rounded = value.bfloat16().double() if part == "scale" else value.round()
+            rounded = value.bfloat16().double() if part == "scale" else value.round().clamp(0, 7)
             self.residual[part] = rounded - value
         steps = self.parts(self.values)["position"]
-        self.inside = (steps > 0) & (steps < 7)
-        assert torch.minimum(steps.abs(), (steps - 7).abs()).min() > 1e-3
+        # What rounds to a code of the grid is inside, half a step beyond its last codes too.
+        self.inside = (steps > -0.5) & (steps < 7.5)
+        assert torch.minimum((steps + 0.5).abs(), (steps - 7.5).abs()).min() > 1e-3
         assert not self.inside.all()
 
     def moved(self, values: dict[str, Tensor]) -> Tensor:
         module: Any = self.linear.increment
         weight = self.linear.weight
         if hasattr(module, "left"):
-            return weight + module.left @ torch.diag(values["increment.increment"]) @ module.right
+            return weight + module.left @ torch.diag(module._unit(values["increment.diagonal"])) @ module.right
         if hasattr(module, "step"):
             return weight + values["increment.increment"] * module.step.squeeze(-1).repeat_interleave(4, dim=1)
         return weight
@@ -216,7 +221,7 @@ class Case:
             "scale": scale,
             "zero": zero,
             "position": position,
-            "steps": position.clamp(0, 7) + self.residual["steps"],
+            "steps": position.clamp(-0.5, 7.5) + self.residual["steps"],
         }
 
     def smooth(self, values: dict[str, Tensor]) -> Tensor:
@@ -233,8 +238,14 @@ class Case:
         return gradient
 
 
-@pytest.mark.parametrize("name", ["clipping.lower", "clipping.upper", "increment.increment"])
-@pytest.mark.parametrize("kind", ["diagonal", "dense"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *((kind, f"clipping.{side}") for kind in ("diagonal", "dense") for side in ("lower", "upper")),
+        ("diagonal", "increment.diagonal"),
+        ("dense", "increment.increment"),
+    ],
+)
 @SYMMETRIC
 def test_gradient_is_that_of_the_smooth_part(symmetric: bool, kind: str, name: str) -> None:
     case = Case(kind, symmetric)
@@ -249,7 +260,8 @@ def test_diagonal_gradient_is_that_of_the_unclipped_weights(symmetric: bool) -> 
     case = Case("diagonal", symmetric)
     left, right = (case.linear.increment.get_buffer(name) for name in ("left", "right"))
     at_weight = case.out * case.inside.view(4, 8)
-    assert_close(case.gradient("increment.increment"), torch.diagonal(left.T @ at_weight @ right.T))
+    unit = case.linear.increment._unit(torch.ones(4, dtype=torch.float64))
+    assert_close(case.gradient("increment.diagonal"), unit * torch.diagonal(left.T @ at_weight @ right.T))
 
 
 # --- autocast ---------------------------------------------------------------------------------------------------------

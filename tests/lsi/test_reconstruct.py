@@ -17,23 +17,24 @@ from torch import Tensor, nn
 
 from lsi.block import load_quantized, round_block, run_block
 from lsi.grid import Grid
+from lsi.increment import Increment
 from lsi.reconstruct import Method, Reconstruction, cosine, token_losses
 
 METHOD = Method(
     grid=Grid(2, 32, symmetric=False),
     clipping=True,
-    increment="diagonal",
+    increment=Increment("diagonal"),
     clipping_learning_rate=1e-1,
     increment_learning_rate=1e-2,
     total_steps=8,
     scale_dtype=torch.float32,
 )
 WAYS = {
-    "clipping": replace(METHOD, increment="none"),
+    "clipping": replace(METHOD, increment=Increment("none")),
     "diagonal": replace(METHOD, clipping=False),
-    "dense": replace(METHOD, clipping=False, increment="dense", increment_learning_rate=5e-2),
+    "dense": replace(METHOD, clipping=False, increment=Increment("dense"), increment_learning_rate=5e-2),
     "clipping and diagonal": METHOD,
-    "clipping and dense": replace(METHOD, increment="dense", increment_learning_rate=5e-2),
+    "clipping and dense": replace(METHOD, increment=Increment("dense"), increment_learning_rate=5e-2),
 }
 WAY = pytest.mark.parametrize("way", WAYS)
 
@@ -181,7 +182,7 @@ def test_no_step_after_the_last_one() -> None:
 
 
 def test_with_nothing_to_train_it_is_round_to_nearest() -> None:
-    reconstruction = begin(replace(METHOD, clipping=False, increment="none"))
+    reconstruction = begin(replace(METHOD, clipping=False, increment=Increment("none")))
     assert math.isnan(steps(reconstruction, range(1))[0])
     assert reconstruction.status == "ok"
     assert set(reconstruction.export_state()) == {"steps"}

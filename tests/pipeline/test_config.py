@@ -105,7 +105,7 @@ def test_bits_in_range(bits: int) -> None:
         ("storage", "chunk_samples", 0),
         ("cluster", "cpus_per_worker", 0),
         ("schedule", "kind", "random"),
-        ("method", "increment", "band"),
+        ("method", "increment", "spiral"),
         ("compute", "device", "tpu"),
         ("data", "samples", "many"),
     ],
