@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lsi.block import linear_names, load_quantized, run_block
 from lsi.grid import Grid, QuantizedWeight
 from lsi.increment import DEFAULT_LEARNING_RATE, KINDS, Increment
+from lsi.linear import Parts
 from lsi.reconstruct import Method, Reconstruction, token_losses
 from pipeline.config import DataConfig, ScheduleConfig
 from pipeline.data import calibration_tokens, evaluation_tokens
@@ -75,14 +76,22 @@ class Trial:
     def begin(self, index: int) -> Reconstruction:
         options = self.options
         names = linear_names(self.skeleton.blocks[index], self.skeleton.block_prefix(index), [])
+        total = options.epochs * -(-CHUNK // options.batch) * len(self.boundaries[0])
         method = Method(
             grid=Grid(options.bits, options.group_size, options.symmetric),
-            clipping=True,
-            increment=Increment(options.increment, options.rank, options.corner, options.band),
-            clipping_learning_rate=options.clipping_rate,
-            increment_learning_rate=options.increment_rate or DEFAULT_LEARNING_RATE,
-            total_steps=options.epochs * -(-CHUNK // options.batch) * len(self.boundaries[0]),
-            scale_dtype=torch.bfloat16,
+            parts=Parts(
+                options.clipping,
+                Increment(options.increment, options.rank, options.corner, options.band),
+                options.rounding,
+                torch.bfloat16,
+            ),
+            rates={
+                "clipping": options.clipping_rate or (0.1 if options.clipping == "learned" else 1 / total),
+                "increment": options.increment_rate or DEFAULT_LEARNING_RATE,
+                "rounding": options.rounding_rate or 1 / total,
+            },
+            total_steps=total,
+            steps=options.steps,
             loss=options.loss,
             autocast=torch.bfloat16,
         )
@@ -148,7 +157,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--corner", type=int, default=100)
     parser.add_argument("--band", type=int, default=1)
     parser.add_argument("--increment-rate", type=float)
-    parser.add_argument("--clipping-rate", type=float, default=1e-1)
+    parser.add_argument("--clipping", choices=["learned", "direct", "none"], default="learned")
+    parser.add_argument("--clipping-rate", type=float)
+    parser.add_argument("--rounding", action="store_true")
+    parser.add_argument("--rounding-rate", type=float)
+    parser.add_argument("--steps", choices=["adamw", "signed"], default="adamw")
     parser.add_argument("--loss", choices=["relative", "mse"], default="relative")
     parser.add_argument("--schedule", choices=["sequential", "parallel", "wave"], default="sequential")
     parser.add_argument("--refresh-every", type=int, default=1)

@@ -11,8 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lsi.grid import Grid, QuantizedWeight, round_to_nearest
-from lsi.increment import Increment
-from lsi.linear import QuantizedLinear
+from lsi.linear import Parts, QuantizedLinear
 
 Hidden = Float[Tensor, "batch sequence hidden"]
 
@@ -35,16 +34,12 @@ def get_linear(block: nn.Module, name: str) -> nn.Linear:
     return linear
 
 
-def replace_linears(
-    block: nn.Module, names: list[str], grid: Grid, *, clipping: bool, increment: Increment, scale_dtype: torch.dtype
-) -> dict[str, QuantizedLinear]:
+def replace_linears(block: nn.Module, names: list[str], grid: Grid, parts: Parts) -> dict[str, QuantizedLinear]:
     """Put trainable quantized linears in the place of the named ones, freeze the rest, and return them by name."""
     block.requires_grad_(False)
     replaced = {}
     for name in names:
-        replaced[name] = QuantizedLinear(
-            get_linear(block, name), grid, clipping=clipping, increment=increment, scale_dtype=scale_dtype
-        )
+        replaced[name] = QuantizedLinear(get_linear(block, name), grid, parts)
         block.set_submodule(name, replaced[name])
     return replaced
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -10,6 +13,11 @@ from torch.nn import functional
 from lsi.grid import Grid, QuantizedWeight, fake_quantize, grid_parameters, group_range, quantize
 from lsi.increment import Increment, make_increment
 
+Clipping = Literal["none", "learned", "direct"]
+# A group never shrinks below this part of its range: at zero it would have no grid.
+SMALLEST_BOUND = 0.05
+# Half a step: the nearest grid point or the one beside it.
+LARGEST_OFFSET = 0.5
 # sigmoid(4) = 0.982: the bounds begin just inside the full range (OmniQuant, section 3.2).
 CLIPPING_START = 4.0
 
@@ -28,28 +36,82 @@ class LearnedClipping(nn.Module):
         return low * self.lower.sigmoid(), high * self.upper.sigmoid()
 
 
-class QuantizedLinear(nn.Module):
-    """y = x · W_hatᵀ + b with W_hat from the increment, the clipping and the grid.
+class DirectClipping(nn.Module):
+    """The bounds' factors themselves, in (0, 1], starting at the full range (SignRound, section 3.2). For signed steps."""
 
-    The weight is kept in float32. Parameters `clipping.*` and `increment.*` are trained; weight and bias are not.
+    def __init__(self, out_features: int, groups: int, device: torch.device) -> None:
+        super().__init__()
+        self.lower = nn.Parameter(torch.ones(out_features, groups, device=device))
+        self.upper = nn.Parameter(torch.ones(out_features, groups, device=device))
+
+    def forward(
+        self, low: Float[Tensor, "out groups"], high: Float[Tensor, "out groups"]
+    ) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
+        return low * self.lower, high * self.upper
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Back into the bounds, after a step."""
+        for bound in (self.lower, self.upper):
+            bound.clamp_(SMALLEST_BOUND, 1)
+
+
+class LearnedRounding(nn.Module):
+    """An offset within half a step for every weight, added before rounding (SignRound, equation 3)."""
+
+    def __init__(self, weight: Float[Tensor, "out in"]) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros_like(weight))
+
+    def forward(self, weight: Float[Tensor, "out in"], scale: Float[Tensor, "out groups"]) -> Float[Tensor, "out in"]:
+        # W + scale · offset, and then W / scale + offset in the grid: the scale's gradient through the offset cancels.
+        grouped = self.offset.view(*scale.shape, -1) * scale.unsqueeze(-1)
+        return weight + grouped.view_as(weight)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Back into the bounds, after a step."""
+        self.offset.clamp_(-LARGEST_OFFSET, LARGEST_OFFSET)
+
+
+CLIPPINGS: dict[Clipping, type[LearnedClipping] | type[DirectClipping]] = {
+    "learned": LearnedClipping,
+    "direct": DirectClipping,
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is trained in a linear. `scale_dtype`: the dtype its scales are stored in."""
+
+    clipping: Clipping
+    increment: Increment
+    rounding: bool
+    scale_dtype: torch.dtype
+
+
+class QuantizedLinear(nn.Module):
+    """y = x · W_hatᵀ + b with W_hat from the increment, the clipping, the rounding and the grid.
+
+    The weight is kept in float32. Parameters of these parts are trained; weight and bias are not.
     """
 
     weight: Float[Tensor, "out in"]
     bias: Float[Tensor, " out"] | None
 
-    def __init__(
-        self, linear: nn.Linear, grid: Grid, *, clipping: bool, increment: Increment, scale_dtype: torch.dtype
-    ) -> None:
+    def __init__(self, linear: nn.Linear, grid: Grid, parts: Parts) -> None:
         super().__init__()
         self.grid = grid
-        self.scale_dtype = scale_dtype
+        self.scale_dtype = parts.scale_dtype
         weight = linear.weight.detach().float()
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float(), persistent=False)
         self.groups = grid.groups(weight.shape[1])
-        self.clipping = LearnedClipping(weight.shape[0], self.groups, weight.device) if clipping else None
+        bounds = CLIPPINGS.get(parts.clipping)
+        self.clipping = bounds(weight.shape[0], self.groups, weight.device) if bounds else None
         low, high = group_range(self._grouped(weight))
-        self.increment = make_increment(increment, weight, grid_parameters(low, high, grid, scale_dtype)[0])
+        self.increment = make_increment(parts.increment, weight, grid_parameters(low, high, grid, parts.scale_dtype)[0])
+        self.rounding = LearnedRounding(weight) if parts.rounding else None
 
     def _grouped(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out groups size"]:
         return weight.view(weight.shape[0], self.groups, -1)
@@ -63,7 +125,8 @@ class QuantizedLinear(nn.Module):
             low, high = group_range(self._grouped(weight.detach()))
             if self.clipping is not None:
                 low, high = self.clipping(low, high)
-            return (weight, *grid_parameters(low, high, self.grid, self.scale_dtype))
+            scale, zero = grid_parameters(low, high, self.grid, self.scale_dtype)
+            return (weight if self.rounding is None else self.rounding(weight, scale)), scale, zero
 
     def forward(self, x: Tensor) -> Tensor:
         weight, scale, zero = self.transformed()

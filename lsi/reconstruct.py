@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from lsi.block import Hidden, replace_linears, run_block, trainable
 from lsi.grid import Grid, QuantizedWeight
-from lsi.increment import Increment
+from lsi.linear import DirectClipping, LearnedRounding, Parts
+from lsi.steps import DECAY, Steps, make_optimizer
 
 Status = Literal["ok", "non_finite"]
 LossKind = Literal["mse", "relative"]
@@ -29,22 +30,19 @@ SMALLEST_SQUARE = 1e-12
 
 @dataclass(frozen=True)
 class Method:
-    """What is trained and with which steps. `autocast`: dtype of the products, None for the block's own."""
+    """What is trained and with which steps.
+
+    `rates`: learning rate of each part, by its name in a linear (clipping, increment, rounding). `autocast`: dtype of the
+    products, None for the block's own.
+    """
 
     grid: Grid
-    clipping: bool
-    increment: Increment
-    clipping_learning_rate: float
-    increment_learning_rate: float
+    parts: Parts
+    rates: Mapping[str, float]
     total_steps: int
-    scale_dtype: torch.dtype
+    steps: Steps = "adamw"
     loss: LossKind = "relative"
     autocast: torch.dtype | None = None
-
-
-def cosine(step: int, total: int) -> float:
-    """Learning rate factor, 1 at step 0, falling to 0 at `total`."""
-    return 0.5 * (1 + math.cos(math.pi * min(step, total) / max(total, 1)))
 
 
 def token_losses(output: Hidden, target: Hidden, kind: LossKind) -> Float[Tensor, "batch sequence"]:
@@ -66,32 +64,22 @@ class Reconstruction:
     def __init__(self, block: nn.Module, names: list[str], method: Method) -> None:
         self.method = method
         self.block = block.float()
-        self.linears = replace_linears(
-            self.block,
-            names,
-            method.grid,
-            clipping=method.clipping,
-            increment=method.increment,
-            scale_dtype=method.scale_dtype,
-        )
+        self.linears = replace_linears(self.block, names, method.grid, method.parts)
         self.parameters = dict(trainable(self.linears))
-        self.rates = {name: self._rate(name) for name in self.parameters}
+        # A parameter's name is linear.part.tensor.
+        self.rates = {name: method.rates[name.split(".")[-2]] for name in self.parameters}
         self.optimizer = self._make_optimizer()
         self.steps_done = 0
         self.status: Status = "ok"
 
-    def _rate(self, name: str) -> float:
-        is_clipping = ".clipping." in name
-        return self.method.clipping_learning_rate if is_clipping else self.method.increment_learning_rate
-
-    def _make_optimizer(self) -> torch.optim.AdamW | None:
+    def _make_optimizer(self) -> torch.optim.Optimizer | None:
         if not self.parameters:
             return None
         groups = [
             {"params": [p for n, p in self.parameters.items() if self.rates[n] == rate], "lr": rate, "base": rate}
             for rate in sorted(set(self.rates.values()))
         ]
-        return torch.optim.AdamW(groups, weight_decay=0.0)
+        return make_optimizer(self.method.steps, groups)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.method.autocast is None:
@@ -107,7 +95,7 @@ class Reconstruction:
         if self.optimizer is None or self.status != "ok":
             return math.nan
         for group in self.optimizer.param_groups:
-            group["lr"] = group["base"] * cosine(self.steps_done, self.method.total_steps)
+            group["lr"] = group["base"] * DECAY[self.method.steps](self.steps_done, self.method.total_steps)
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             output = run_block(self.block, inputs.float(), arguments)
@@ -119,10 +107,17 @@ class Reconstruction:
                 parameter.grad = torch.zeros_like(parameter)
         if self._finite(loss):
             self.optimizer.step()
+            self._project()
             self.steps_done += 1
         else:
             self.status = "non_finite"
         return loss.item()
+
+    def _project(self) -> None:
+        for linear in self.linears.values():
+            for part in (linear.clipping, linear.rounding):
+                if isinstance(part, DirectClipping | LearnedRounding):
+                    part.project()
 
     def _finite(self, loss: Tensor) -> bool:
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
@@ -134,10 +129,10 @@ class Reconstruction:
         return {name: linear.quantized() for name, linear in self.linears.items()}
 
     def export_state(self) -> dict[str, Tensor]:
-        """Parameters and optimizer moments, to go on from elsewhere. Views: copy them before the next step."""
+        """Parameters, and AdamW's moments, to go on from elsewhere. Views: copy them before the next step."""
         state = {f"value/{name}": p.detach() for name, p in self.parameters.items()}
         state["steps"] = torch.tensor([self.steps_done, self.status == "non_finite"], dtype=torch.int64)
-        if self.optimizer is not None and self.steps_done:
+        if isinstance(self.optimizer, torch.optim.AdamW) and self.steps_done:
             for name, parameter in self.parameters.items():
                 moments = self.optimizer.state[parameter]
                 state[f"first/{name}"] = moments["exp_avg"]
@@ -154,7 +149,7 @@ class Reconstruction:
             self.optimizer.state.clear()
         for name, parameter in self.parameters.items():
             parameter.copy_(state[f"value/{name}"])
-            if self.optimizer is not None and steps:
+            if isinstance(self.optimizer, torch.optim.AdamW) and steps:
                 self.optimizer.state[parameter] = {
                     "step": torch.tensor(float(steps)),
                     "exp_avg": state[f"first/{name}"].clone().to(parameter.device),

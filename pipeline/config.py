@@ -6,11 +6,13 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lsi.grid import Grid
 from lsi.increment import Increment, Kind
+from lsi.linear import Parts
 from pipeline.errors import UserError
 
 
@@ -74,7 +76,12 @@ class SchemeConfig(Section):
 class MethodConfig(Section):
     """What is learned."""
 
-    clipping: Literal["learned", "none"] = Field("learned", description="learned clipping bounds (LWC)")
+    clipping: Literal["learned", "direct", "none"] = Field(
+        "learned", description="clipping bounds: learned through a sigmoid (LWC), directly (for signed steps), or none"
+    )
+    rounding: Literal["learned", "none"] = Field(
+        "none", description="learned: an offset within half a step for every weight, added before rounding"
+    )
     increment: Kind = Field(
         "diagonal",
         description="M in W' = W + U M Vh: none, diagonal (LSI), corner (and a dense k x k corner), band (SDE), dense (every weight)",
@@ -87,6 +94,10 @@ class MethodConfig(Section):
         description="error of a block's outputs, each token divided by its own size, or as in the papers not divided",
     )
 
+    def parts(self, scale_dtype: torch.dtype) -> Parts:
+        """What is trained in a linear, as the algorithm takes it."""
+        return Parts(self.clipping, self.increments, self.rounding == "learned", scale_dtype)
+
     @property
     def increments(self) -> Increment:
         """The increment as the algorithm takes it."""
@@ -94,13 +105,25 @@ class MethodConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """How it is learned: AdamW without weight decay, cosine schedule to zero over all epochs."""
+    """How it is learned, with a learning rate that falls to zero over all epochs.
 
+    adamw: AdamW without weight decay, along a cosine. signed: every parameter moves by the learning rate in the direction
+    of its gradient's sign, along a straight line; no optimizer state.
+    """
+
+    steps: Literal["adamw", "signed"] = Field("adamw", description="adamw, or signed gradients (SignRound)")
     epochs: int = Field(
         4, ge=0, description="passes over the calibration samples; 0: no training, plain round-to-nearest"
     )
     batch_size: int = Field(2, ge=1, description="sequences a step")
-    clipping_learning_rate: float = Field(1e-1, gt=0, description="for the clipping bounds, before their sigmoid")
+    clipping_learning_rate: float | None = Field(
+        None, gt=0, description="for the clipping bounds. Default: 1e-1 before a sigmoid, direct: 1 / steps of a block"
+    )
+    rounding_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="in grid steps. Default: 1 / steps of a block, which signed steps reach half a step with",
+    )
     increment_learning_rate: float | None = Field(
         None, gt=0, description="in grid steps of each linear, whatever the increment's kind. Default: 1e-2"
     )
@@ -207,9 +230,10 @@ class RunConfig(Section):
             raise ValueError(
                 f"schedule.lead {self.schedule.lead} means nothing for {self.schedule.kind}: set schedule.kind to wave"
             )
-        if self.optimizer.epochs and self.method.clipping == "none" and self.method.increment == "none":
+        method = self.method
+        if self.optimizer.epochs and method.clipping == method.increment == method.rounding == "none":
             raise ValueError(
-                f"optimizer.epochs is {self.optimizer.epochs}, but method.clipping and method.increment are both none, so nothing is trained: "
+                f"optimizer.epochs is {self.optimizer.epochs}, but method.clipping, method.increment and method.rounding are all none, so nothing is trained: "
                 "set optimizer.epochs to 0 for round-to-nearest, or choose what to learn"
             )
         return self

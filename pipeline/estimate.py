@@ -41,7 +41,8 @@ def trained_elements(config: RunConfig, skeleton: Skeleton) -> int:
     for name in linear_names(block, skeleton.block_prefix(0), config.scheme.skip):
         out, width = get_linear(block, name).weight.shape
         total += config.method.increments.entries(out, width)
-        total += 2 * out * grid.groups(width) if config.method.clipping == "learned" else 0
+        total += out * width if config.method.rounding == "learned" else 0
+        total += 2 * out * grid.groups(width) if config.method.clipping != "none" else 0
     return total
 
 

@@ -17,7 +17,7 @@ from pipeline.capture import CHUNK_FILE, CaptureTask, EmbedTask
 from pipeline.config import RunConfig, ScheduleConfig
 from pipeline.evaluate import EvaluateTask, Variant
 from pipeline.merge import MergeTask
-from pipeline.optimize import Comparison, RoundTask, TrainTask, increment_learning_rate, stream_file
+from pipeline.optimize import Comparison, RoundTask, TrainTask, learning_rates, stream_file
 from pipeline.worker import Chunk, Task
 
 # Artifacts that are deleted once their last reader has committed.
@@ -210,7 +210,7 @@ class Builder:
             name: getattr(config, name).model_dump(mode="json") for name in ("scheme", "method", "optimizer")
         }
         # Defaults decide bytes as much as what was typed.
-        settings["increment_learning_rate"] = increment_learning_rate(config)
+        settings["learning_rates"] = learning_rates(config)
         settings["chunk_samples"] = config.storage.chunk_samples
         targets = tuple(Chunk(a, CHUNK_FILE) for a in self.hidden[block + 1])
         previous: Artifact | None = None

@@ -45,9 +45,15 @@ def steps_per_epoch(config: RunConfig) -> int:
     return full * math.ceil(size / batch) + math.ceil(rest / batch)
 
 
-def increment_learning_rate(config: RunConfig) -> float:
-    """The configured one, or the default."""
-    return config.optimizer.increment_learning_rate or DEFAULT_LEARNING_RATE
+def learning_rates(config: RunConfig) -> dict[str, float]:
+    """Of each part: the configured one, or the default."""
+    optimizer, total = config.optimizer, max(1, config.optimizer.epochs * steps_per_epoch(config))
+    clipping = 1e-1 if config.method.clipping == "learned" else 1 / total
+    return {
+        "clipping": optimizer.clipping_learning_rate or clipping,
+        "increment": optimizer.increment_learning_rate or DEFAULT_LEARNING_RATE,
+        "rounding": optimizer.rounding_learning_rate or 1 / total,
+    }
 
 
 def make_method(context: Context) -> Method:
@@ -55,12 +61,10 @@ def make_method(context: Context) -> Method:
     config = context.config
     return Method(
         grid=config.scheme.grid,
-        clipping=config.method.clipping == "learned",
-        increment=config.method.increments,
-        clipping_learning_rate=config.optimizer.clipping_learning_rate,
-        increment_learning_rate=increment_learning_rate(config),
+        parts=config.method.parts(context.dtype),
+        rates=learning_rates(config),
         total_steps=config.optimizer.epochs * steps_per_epoch(config),
-        scale_dtype=context.dtype,
+        steps=config.optimizer.steps,
         loss=config.method.loss,
         autocast=context.autocast,
     )

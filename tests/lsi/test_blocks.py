@@ -19,6 +19,7 @@ from lsi.block import (
 )
 from lsi.grid import Grid, round_to_nearest
 from lsi.increment import Increment
+from lsi.linear import Parts
 
 GRID = Grid(4, 32, symmetric=False)
 DOWN = "model.layers.3.mlp.down_proj"
@@ -62,9 +63,7 @@ def test_replacing_freezes_everything_else() -> None:
     layer = make_layer()
     untouched = layer.mlp.down_proj
     names = [name for name in NAMES if name != "mlp.down_proj"]
-    linears = replace_linears(
-        layer, names, GRID, clipping=True, increment=Increment("dense"), scale_dtype=torch.float32
-    )
+    linears = replace_linears(layer, names, GRID, Parts("learned", Increment("dense"), False, torch.float32))
     assert list(linears) == names
     assert all(layer.get_submodule(name) is linear for name, linear in linears.items())
     assert layer.mlp.down_proj is untouched
@@ -74,9 +73,7 @@ def test_replacing_freezes_everything_else() -> None:
 
 
 def test_trainable_order_is_by_name_not_by_insertion() -> None:
-    linears = replace_linears(
-        make_layer(), NAMES, GRID, clipping=True, increment=Increment("diagonal"), scale_dtype=torch.float32
-    )
+    linears = replace_linears(make_layer(), NAMES, GRID, Parts("learned", Increment("diagonal"), False, torch.float32))
     forwards = [name for name, _ in trainable(linears)]
     backwards = [name for name, _ in trainable({name: linears[name] for name in reversed(NAMES)})]
     assert forwards == backwards
@@ -103,7 +100,7 @@ def test_replaced_block_computes_as_the_loaded_one() -> None:
     task = make_task(bias=True)
     loaded, replaced = make_layer(bias=True), make_layer(bias=True)
     load_quantized(loaded, round_block(loaded, NAMES, GRID, torch.float32))
-    replace_linears(replaced, NAMES, GRID, clipping=False, increment=Increment("diagonal"), scale_dtype=torch.float32)
+    replace_linears(replaced, NAMES, GRID, Parts("none", Increment("diagonal"), False, torch.float32))
     output = run_block(replaced, task.inputs, task.arguments)
     assert_same(output, run_block(loaded, task.inputs, task.arguments))
     assert not torch.equal(output, task.targets)

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from lsi.grid import Grid, round_to_nearest
-from lsi.increment import KINDS, Increment
-from lsi.linear import QuantizedLinear
+from lsi.increment import KINDS, Increment, Kind
+from lsi.linear import Clipping, Parts, QuantizedLinear
 
 BITS = pytest.mark.parametrize("bits", [2, 3, 4, 8])
 SYMMETRIC = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
@@ -25,18 +25,15 @@ def make(
     weight: Tensor,
     grid: Grid,
     *,
-    clipping: bool = False,
-    increment: str = "none",  # with small parameters for small matrices
+    clipping: bool | Clipping = False,
+    increment: Kind = "none",  # with small parameters for small matrices
     scale_dtype: torch.dtype = torch.float32,
     bias: Tensor | None = None,
+    rounding: bool = False,
 ) -> QuantizedLinear:
-    return QuantizedLinear(
-        linear_of(weight, bias),
-        grid,
-        clipping=clipping,
-        increment=Increment(increment, corner=3, band=1),
-        scale_dtype=scale_dtype,
-    )
+    bounds: Clipping = clipping if isinstance(clipping, str) else ("learned" if clipping else "none")
+    parts = Parts(bounds, Increment(increment, corner=3, band=1), rounding, scale_dtype)
+    return QuantizedLinear(linear_of(weight, bias), grid, parts)
 
 
 def move(linear: QuantizedLinear, size: float = 0.3) -> QuantizedLinear:
@@ -285,3 +282,40 @@ def test_products_follow_autocast_and_its_weights_are_the_stored_ones() -> None:
     assert output.dtype == torch.bfloat16
     assert_same(output, expected)
     assert_close(output.float(), linear(x), torch.bfloat16)
+
+
+# --- learned rounding and direct bounds -------------------------------------------------------------------------------
+
+
+def test_an_offset_moves_the_code_by_at_most_one() -> None:
+    """round(W / scale + offset): half a step up or down reaches the grid point on the weight's other side, no further."""
+    weight, grid = normal(6, 8), Grid(4, 4, symmetric=False)
+    linear = make(weight, grid, rounding=True)
+    nearest = round_to_nearest(weight, grid, torch.float32)
+    assert linear.rounding is not None
+    linear.rounding.offset.data = normal(6, 8, seed=9).clamp(-0.5, 0.5)
+    result = linear.quantized()
+    grouped = weight.view(6, 2, 4) / result.scale[..., None] + linear.rounding.offset.view(6, 2, 4)
+    expected = (grouped.round() + result.zero_point[..., None]).clamp(0, 15)
+    assert_same(result.codes.float(), expected.view(6, 8).detach())
+    change = result.codes.int() - nearest.codes.int()
+    assert change.abs().max() == 1
+
+
+def test_an_offsets_gradient_is_the_scale_times_the_weights() -> None:
+    linear = make(normal(6, 8), Grid(3, 4, symmetric=False), rounding=True)
+    out = normal(8, 6)
+    (linear(torch.eye(8)) * out).sum().backward()
+    scale = linear.quantized().scale.repeat_interleave(4, dim=1)
+    assert linear.rounding is not None
+    assert_close(linear.rounding.offset.grad, scale * out.T)
+
+
+@SYMMETRIC
+def test_direct_bounds_are_the_range_times_their_factors(symmetric: bool) -> None:
+    weight, grid = normal(6, 8), Grid(3, 4, symmetric)
+    linear = make(weight, grid, clipping="direct")
+    assert_same_weight(linear.quantized(), round_to_nearest(weight, grid, torch.float32))
+    clip(linear, 0.5, 0.5)
+    halved = linear.quantized().scale
+    assert_close(halved, round_to_nearest(weight, grid, torch.float32).scale / 2)

@@ -17,24 +17,36 @@ from torch import Tensor, nn
 
 from lsi.block import load_quantized, round_block, run_block
 from lsi.grid import Grid
-from lsi.increment import Increment
-from lsi.reconstruct import Method, Reconstruction, cosine, token_losses
+from lsi.increment import Increment, Kind
+from lsi.linear import Clipping, Parts
+from lsi.reconstruct import Method, Reconstruction, token_losses
+from lsi.steps import Steps, cosine
+from lsi.steps import linear as straight
 
 METHOD = Method(
     grid=Grid(2, 32, symmetric=False),
-    clipping=True,
-    increment=Increment("diagonal"),
-    clipping_learning_rate=1e-1,
-    increment_learning_rate=1e-2,
+    parts=Parts("learned", Increment("diagonal"), False, torch.float32),
+    rates={"clipping": 1e-1, "increment": 5e-2, "rounding": 5e-2},
     total_steps=8,
-    scale_dtype=torch.float32,
 )
+
+
+def of(clipping: Clipping, kind: Kind, *, rounding: bool = False, steps: Steps = "adamw") -> Method:
+    rates = METHOD.rates if steps == "adamw" else dict.fromkeys(METHOD.rates, 5e-2)
+    parts = Parts(clipping, Increment(kind, corner=4), rounding, torch.float32)
+    return replace(METHOD, parts=parts, steps=steps, rates=rates)
+
+
 WAYS = {
-    "clipping": replace(METHOD, increment=Increment("none")),
-    "diagonal": replace(METHOD, clipping=False),
-    "dense": replace(METHOD, clipping=False, increment=Increment("dense"), increment_learning_rate=5e-2),
+    "clipping": of("learned", "none"),
+    "diagonal": of("none", "diagonal"),
+    "corner": of("none", "corner"),
+    "band": of("none", "band"),
+    "dense": of("none", "dense"),
     "clipping and diagonal": METHOD,
-    "clipping and dense": replace(METHOD, increment=Increment("dense"), increment_learning_rate=5e-2),
+    "clipping and dense": of("learned", "dense"),
+    "signed: clipping and rounding": of("direct", "none", rounding=True, steps="signed"),
+    "signed: clipping, diagonal and rounding": of("direct", "diagonal", rounding=True, steps="signed"),
 }
 WAY = pytest.mark.parametrize("way", WAYS)
 
@@ -148,13 +160,44 @@ def test_steps_are_adam_without_decay_under_the_cosine(way: str) -> None:
             gradient = parameter.grad.double()
             first[name] = 0.9 * first[name] + 0.1 * gradient
             second[name] = 0.999 * second[name] + 0.001 * gradient**2
-            rate = method.clipping_learning_rate if ".clipping." in name else method.increment_learning_rate
+            rate = method.rates["clipping" if ".clipping." in name else "increment"]
             rate *= 0.5 * (1 + math.cos(math.pi * number / method.total_steps))
             corrected = (second[name] / (1 - 0.999 ** (number + 1))).sqrt() + 1e-8
             values[name] = values[name] - rate * first[name] / (1 - 0.9 ** (number + 1)) / corrected
     for name, parameter in reconstruction.parameters.items():
         assert (values[name] != start[name]).any()
         assert_close(parameter, values[name], torch.float32)
+
+
+def test_signed_steps_go_against_the_sign_along_a_straight_line() -> None:
+    method = WAYS["signed: clipping and rounding"]
+    reconstruction = begin(method)
+    values = {name: parameter.detach().clone() for name, parameter in reconstruction.parameters.items()}
+    for number in range(3):
+        steps(reconstruction, range(number, number + 1))
+        for name, parameter in reconstruction.parameters.items():
+            assert parameter.grad is not None
+            values[name] -= 5e-2 * (1 - number / method.total_steps) * parameter.grad.sign()
+            if ".clipping." in name:
+                values[name].clamp_(0.05, 1)
+    for name, parameter in reconstruction.parameters.items():
+        assert_close(parameter, values[name])
+    assert not any(name.startswith(("first", "second")) for name in reconstruction.export_state())
+
+
+def test_a_bound_is_never_left() -> None:
+    method = replace(WAYS["signed: clipping and rounding"], rates={"clipping": 2.0, "rounding": 2.0})
+    reconstruction = begin(method)
+    steps(reconstruction, range(3))
+    for name, parameter in reconstruction.parameters.items():
+        low, high = (0.05, 1.0) if ".clipping." in name else (-0.5, 0.5)
+        assert parameter.min() >= low
+        assert parameter.max() <= high
+
+
+def test_straight_line_falls_from_one_to_zero() -> None:
+    assert [straight(number, 4) for number in (0, 1, 4, 5)] == [1, 0.75, 0, 0]
+    assert straight(0, 0) == 1
 
 
 def test_training_changes_nothing_but_its_parameters() -> None:
@@ -182,11 +225,11 @@ def test_no_step_after_the_last_one() -> None:
 
 
 def test_with_nothing_to_train_it_is_round_to_nearest() -> None:
-    reconstruction = begin(replace(METHOD, clipping=False, increment=Increment("none")))
+    reconstruction = begin(of("none", "none"))
     assert math.isnan(steps(reconstruction, range(1))[0])
     assert reconstruction.status == "ok"
     assert set(reconstruction.export_state()) == {"steps"}
-    expected = round_block(make_layer(), NAMES, METHOD.grid, METHOD.scale_dtype)
+    expected = round_block(make_layer(), NAMES, METHOD.grid, METHOD.parts.scale_dtype)
     for name, quantized in reconstruction.quantized().items():
         assert_same_weight(quantized, expected[name])
 
