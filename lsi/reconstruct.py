@@ -8,18 +8,20 @@ keep their last finite values and no later step changes them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lsi.block import Hidden, replace_linears, run_block, trainable
+from lsi.equivalence import Equivalence
 from lsi.grid import Grid, QuantizedWeight
 
+Result = TypeVar("Result")
 Status = Literal["ok", "non_finite"]
 LossKind = Literal["mse", "relative"]
 # A token of zeros has no relative error; this keeps its quotient finite.
@@ -28,7 +30,10 @@ SMALLEST_SQUARE = 1e-12
 
 @dataclass(frozen=True)
 class Method:
-    """What is trained and with which steps. `autocast`: dtype of the products, None for the block's own."""
+    """What is trained and with which steps. `autocast`: dtype of the products, None for the block's own.
+
+    equivalence: kinds of `lsi.pairs.KINDS`, none for no equivalent transformation; shifts: where biases take them up.
+    """
 
     grid: Grid
     clipping: bool
@@ -39,6 +44,9 @@ class Method:
     scale_dtype: torch.dtype
     loss: LossKind = "relative"
     autocast: torch.dtype | None = None
+    equivalence: tuple[str, ...] = ()
+    equivalence_shifts: bool = False
+    equivalence_learning_rate: float = 5e-3
 
 
 def cosine(step: int, total: int) -> float:
@@ -65,6 +73,11 @@ class Reconstruction:
     def __init__(self, block: nn.Module, names: list[str], method: Method) -> None:
         self.method = method
         self.block = block.float()
+        self.equivalence = None
+        if method.equivalence:
+            self.equivalence = Equivalence(
+                self.block, method.equivalence, shifts=method.equivalence_shifts, dtype=method.scale_dtype
+            )
         self.linears = replace_linears(
             self.block,
             names,
@@ -74,12 +87,16 @@ class Reconstruction:
             scale_dtype=method.scale_dtype,
         )
         self.parameters = dict(trainable(self.linears))
+        if self.equivalence is not None:
+            self.parameters |= {f"let.{name}": p for name, p in self.equivalence.named_parameters()}
         self.rates = {name: self._rate(name) for name in self.parameters}
         self.optimizer = self._make_optimizer()
         self.steps_done = 0
         self.status: Status = "ok"
 
     def _rate(self, name: str) -> float:
+        if name.startswith("let."):
+            return self.method.equivalence_learning_rate
         is_clipping = ".clipping." in name
         return self.method.clipping_learning_rate if is_clipping else self.method.increment_learning_rate
 
@@ -98,6 +115,10 @@ class Reconstruction:
         device = next(iter(self.linears.values())).weight.device.type
         return torch.autocast(device, self.method.autocast)
 
+    def _within(self, function: Callable[[], Result]) -> Result:
+        """What `function` returns on the block as the equivalent transformation leaves it."""
+        return function() if self.equivalence is None else self.equivalence.within(self.block, function)
+
     def step(self, inputs: Hidden, targets: Hidden, arguments: Mapping[str, Any]) -> float:
         """One update. Returns the loss before it.
 
@@ -109,7 +130,7 @@ class Reconstruction:
             group["lr"] = group["base"] * cosine(self.steps_done, self.method.total_steps)
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
-            output = run_block(self.block, inputs.float(), arguments)
+            output = self._within(lambda: run_block(self.block, inputs.float(), arguments))
         loss = token_losses(output, targets, self.method.loss).mean()
         loss.backward()
         for parameter in self.parameters.values():
@@ -130,7 +151,13 @@ class Reconstruction:
 
     def quantized(self) -> dict[str, QuantizedWeight]:
         """Codes, scales and zero points of the present parameters, by linear name."""
-        return {name: linear.quantized() for name, linear in self.linears.items()}
+        return self._within(lambda: {name: linear.quantized() for name, linear in self.linears.items()})
+
+    @torch.no_grad()
+    def folded(self) -> dict[str, Tensor]:
+        """The block's other tensors that the equivalent transformation changes (norms, biases, routers), by name."""
+        tensors = {} if self.equivalence is None else self.equivalence.transformed(self.block)
+        return {name: t for name, t in tensors.items() if name.removesuffix(".weight") not in self.linears}
 
     def export_state(self) -> dict[str, Tensor]:
         """Parameters and optimizer moments, to go on from elsewhere. Views: copy them before the next step."""
