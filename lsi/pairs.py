@@ -64,13 +64,13 @@ class Heads:
     key: int
     rotated: int
 
-    def grouped(self, channels: Index) -> Index:
+    def grouped(self, channels: Index) -> Int[Tensor, " query_channels"]:
         """The index of all query heads' channels, from that of one key head; the key heads' own ones come one after another."""
         width = int(channels.max()) + 1
         head = torch.arange(self.query) // (self.query // self.key)
         return (head.unsqueeze(1) * width + channels).flatten()
 
-    def of_keys(self, channels: Index) -> Index:
+    def of_keys(self, channels: Index) -> Int[Tensor, " key_channels"]:
         """The same for the key heads."""
         return ((int(channels.max()) + 1) * torch.arange(self.key).unsqueeze(1) + channels).flatten()
 
