@@ -46,8 +46,9 @@ class Equivalence(nn.Module):
     ) -> None:
         super().__init__()
         self.dtype = dtype
-        self.pairs = find_pairs(block, family_of(block), kinds, shifts=shifts)
         device = next(block.parameters()).device
+        with device:
+            self.pairs = find_pairs(block, family_of(block), kinds, shifts=shifts)
         self.log_scale = nn.ParameterDict(
             {pair.name: nn.Parameter(torch.zeros(pair.channels, device=device)) for pair in self.pairs}
         )
@@ -93,7 +94,10 @@ class Equivalence(nn.Module):
 
     @torch.no_grad()
     def fold(self, block: nn.Module) -> None:
-        """Write the transformed tensors into the block, rounded to their dtype, and go back to the identity."""
+        """Write the transformed tensors into the block, rounded to their dtype, and go back to the identity.
+
+        Exact for a float32 block; in a narrower one the weights are rounded once more.
+        """
         load_tensors(block, self.transformed(block))
         for parameter in self.parameters():
             parameter.zero_()
@@ -159,8 +163,7 @@ def _change_rows(
 
 def _extreme(values: Tensor, site: Site, channels: int, kind: str) -> Float[Tensor, " channels"]:
     """The smallest (amin) or largest (amax) of the values at the columns that share a channel."""
-    index = site.index.to(values.device)
-    return torch.zeros(channels, device=values.device).scatter_reduce(0, index, values, kind, include_self=False)
+    return torch.zeros(channels, device=values.device).scatter_reduce(0, site.index, values, kind, include_self=False)
 
 
 def _largest_weights(block: nn.Module, pair: Pair) -> Float[Tensor, " channels"]:

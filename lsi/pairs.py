@@ -5,6 +5,9 @@
     query_key     q ↔ k, or their norms where a family has them: only their product counts
     up_down       up → down of a gated feed-forward part, whose product with the gate is per channel
 
+A scale of rows alone changes no code of a weight, whose every row has its own grid: query_key serves quantized q and k, and
+training it on weights alone only follows rounding errors.
+
 (OmniQuant, arXiv 2308.13137, section 3.3, without up_down.) Query heads of a group share one key and value head, and so
 their scales; so do the two channels that a rotation mixes, j and j + width / 2 of a head.
 """
@@ -119,8 +122,11 @@ def heads_of(block: nn.Module, family: Family) -> Heads:
 
 
 def find_pairs(block: nn.Module, family: Family, kinds: Collection[str], *, shifts: bool) -> list[Pair]:
-    """The pairs of the wanted kinds that the block has. Raises ValueError for an unknown kind, if there is no pair, and
-    if shifts are wanted but no pair has a bias at every site: none can be introduced, a loader would not expect it."""
+    """The pairs of the wanted kinds that the block has; its shapes are enough (meta device).
+
+    Raises ValueError for an unknown kind, if there is no pair, and if shifts are wanted but no pair has a bias at every
+    site: none can be introduced, a loader would not expect it.
+    """
     unknown = sorted(set(kinds) - set(KINDS))
     if unknown:
         raise ValueError(f"unknown kind of equivalent transformation {unknown[0]!r}; the kinds are {', '.join(KINDS)}")

@@ -322,6 +322,15 @@ def test_learning_rates_are_apart() -> None:
     assert set(rates) == {f"let.log_scale.{n}" for n in ("attention_norm", "mlp_norm", "value_output", "up_down")}
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_pairs_are_known_without_weights(name: str) -> None:
+    """For checks before any work."""
+    block, _ = make_case(name)
+    pairs = find_pairs(block, family_of(block), KINDS, shifts=shiftable(name))
+    empty = find_pairs(copy.deepcopy(block).to("meta"), family_of(block), KINDS, shifts=shiftable(name))
+    assert [(p.name, p.channels, p.shift) for p in empty] == [(p.name, p.channels, p.shift) for p in pairs]
+
+
 def test_every_declared_model_type_is_tested() -> None:
     declared = {name for family in FAMILIES for name in family.model_types}
     assert declared == {case.model_type for case in CASES.values()}
