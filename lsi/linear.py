@@ -121,8 +121,12 @@ class QuantizedLinear(nn.Module):
         with torch.autocast(self.weight.device.type, enabled=False):
             weight = self.increment(self.weight)
             # The range follows W', but only the bounds' factors are trained through it: the path through two extreme
-            # weights a group is noise beside them.
-            low, high = group_range(self._grouped(weight.detach()))
+            # weights a group is noise beside them. An equivalent transformation is another matter: one scale moves all
+            # of an outlying column, and so the step of every group that it is in. (The difference is zero.)
+            followed = weight.detach()
+            if self.weight.requires_grad:
+                followed = followed + (self.weight - self.weight.detach())
+            low, high = group_range(self._grouped(followed))
             if self.clipping is not None:
                 low, high = self.clipping(low, high)
             scale, zero = grid_parameters(low, high, self.grid, self.scale_dtype)

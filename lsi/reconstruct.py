@@ -8,20 +8,22 @@ keep their last finite values and no later step changes them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lsi.block import Hidden, replace_linears, run_block, trainable
+from lsi.equivalence import Equivalence
 from lsi.grid import Grid, QuantizedWeight
 from lsi.linear import DirectClipping, LearnedRounding, Parts
 from lsi.steps import DECAY, Steps, make_optimizer
 
+Result = TypeVar("Result")
 Status = Literal["ok", "non_finite"]
 LossKind = Literal["mse", "relative"]
 # A token of zeros has no relative error; this keeps its quotient finite.
@@ -32,8 +34,9 @@ SMALLEST_SQUARE = 1e-12
 class Method:
     """What is trained and with which steps.
 
-    `rates`: learning rate of each part, by its name in a linear (clipping, increment, rounding). `autocast`: dtype of the
-    products, None for the block's own.
+    `rates`: learning rate of each part, by its name (clipping, increment, rounding, equivalence). `equivalence`: kinds of
+    `lsi.pairs.KINDS`, none for no equivalent transformation, with shifts where biases take them up. `autocast`: dtype of
+    the products, None for the block's own.
     """
 
     grid: Grid
@@ -43,6 +46,8 @@ class Method:
     steps: Steps = "adamw"
     loss: LossKind = "relative"
     autocast: torch.dtype | None = None
+    equivalence: tuple[str, ...] = ()
+    shifts: bool = False
 
 
 def token_losses(output: Hidden, target: Hidden, kind: LossKind) -> Float[Tensor, "batch sequence"]:
@@ -58,16 +63,27 @@ def token_losses(output: Hidden, target: Hidden, kind: LossKind) -> Float[Tensor
     return error / target.float().square().mean(-1).clamp(min=SMALLEST_SQUARE)
 
 
+def part_of(parameter: str) -> str:
+    """Which part of the method a parameter belongs to: its name is linear.part.tensor, or let.kind.tensor."""
+    return "equivalence" if parameter.startswith("let.") else parameter.split(".")[-2]
+
+
 class Reconstruction:
     """The trained state of one block."""
 
     def __init__(self, block: nn.Module, names: list[str], method: Method) -> None:
         self.method = method
         self.block = block.float()
+        self.equivalence = None
+        if method.equivalence:
+            self.equivalence = Equivalence(
+                self.block, method.equivalence, shifts=method.shifts, dtype=method.parts.scale_dtype
+            )
         self.linears = replace_linears(self.block, names, method.grid, method.parts)
         self.parameters = dict(trainable(self.linears))
-        # A parameter's name is linear.part.tensor.
-        self.rates = {name: method.rates[name.split(".")[-2]] for name in self.parameters}
+        if self.equivalence is not None:
+            self.parameters |= {f"let.{name}": p for name, p in self.equivalence.named_parameters()}
+        self.rates = {name: method.rates[part_of(name)] for name in self.parameters}
         self.optimizer = self._make_optimizer()
         self.steps_done = 0
         self.status: Status = "ok"
@@ -87,6 +103,10 @@ class Reconstruction:
         device = next(iter(self.linears.values())).weight.device.type
         return torch.autocast(device, self.method.autocast)
 
+    def _within(self, function: Callable[[], Result]) -> Result:
+        """What `function` returns on the block as the equivalent transformation leaves it."""
+        return function() if self.equivalence is None else self.equivalence.within(self.block, function)
+
     def step(self, inputs: Hidden, targets: Hidden, arguments: Mapping[str, Any]) -> float:
         """One update. Returns the loss before it.
 
@@ -98,7 +118,7 @@ class Reconstruction:
             group["lr"] = group["base"] * DECAY[self.method.steps](self.steps_done, self.method.total_steps)
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
-            output = run_block(self.block, inputs.float(), arguments)
+            output = self._within(lambda: run_block(self.block, inputs.float(), arguments))
         loss = token_losses(output, targets, self.method.loss).mean()
         loss.backward()
         for parameter in self.parameters.values():
@@ -126,7 +146,13 @@ class Reconstruction:
 
     def quantized(self) -> dict[str, QuantizedWeight]:
         """Codes, scales and zero points of the present parameters, by linear name."""
-        return {name: linear.quantized() for name, linear in self.linears.items()}
+        return self._within(lambda: {name: linear.quantized() for name, linear in self.linears.items()})
+
+    @torch.no_grad()
+    def folded(self) -> dict[str, Tensor]:
+        """The block's other tensors that the equivalent transformation changes (norms, biases, routers), by name."""
+        tensors = {} if self.equivalence is None else self.equivalence.transformed(self.block)
+        return {name: t for name, t in tensors.items() if name.removesuffix(".weight") not in self.linears}
 
     def export_state(self) -> dict[str, Tensor]:
         """Parameters, and AdamW's moments, to go on from elsewhere. Views: copy them before the next step."""

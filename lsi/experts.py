@@ -1,0 +1,129 @@
+"""Mixtures of experts: fused expert tensors opened into one linear each for calibration, and closed again.
+
+transformers keeps the experts of a block in two tensors, gate_up_proj (experts, 2 · inner, hidden) and down_proj
+(experts, hidden, inner). Opened, expert i is the modules i.gate_proj, i.up_proj and i.down_proj in the same place, whose
+weights are views of these tensors until somebody replaces them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lsi.block import Hidden, run_block
+
+
+def linear_from(weight: Float[Tensor, "out in"]) -> nn.Linear:
+    """A linear without bias around a weight, not copied."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    return linear
+
+
+class Expert(nn.Module):
+    """One gated feed-forward part: down(activation(gate(x)) · up(x))."""
+
+    def __init__(self, gate: Tensor, up: Tensor, down: Tensor, activation: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = linear_from(gate), linear_from(up), linear_from(down)
+        self.act_fn = activation
+
+    def forward(self, x: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
+        hidden: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return hidden
+
+
+class OpenedExperts(nn.Module):
+    """Takes the fused module's place, with its call: hidden states, and the experts and weights of each token's choices."""
+
+    def __init__(self, fused: nn.Module) -> None:
+        super().__init__()
+        # In a tuple, so that its tensors are not counted as this module's own.
+        self.fused = (fused,)
+        gate_up, down, activation = fused.gate_up_proj, fused.down_proj, fused.act_fn
+        assert isinstance(gate_up, Tensor)
+        assert isinstance(down, Tensor)
+        assert isinstance(activation, nn.Module)
+        for number, (rows, columns) in enumerate(zip(gate_up, down, strict=True)):
+            gate, up = rows.chunk(2)
+            self.add_module(str(number), Expert(gate, up, columns, activation))
+
+    def experts(self) -> list[Expert]:
+        """In their order."""
+        return [module for module in self.children() if isinstance(module, Expert)]
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "tokens hidden"],
+        top_k_index: Int[Tensor, "tokens choices"],
+        top_k_weights: Float[Tensor, "tokens choices"],
+    ) -> Float[Tensor, "tokens hidden"]:
+        output = torch.zeros_like(hidden_states)
+        for number, expert in enumerate(self.experts()):
+            token, choice = torch.where(top_k_index == number)
+            if len(token):
+                part = expert(hidden_states[token]) * top_k_weights[token, choice, None]
+                output.index_add_(0, token, part.to(output.dtype))
+        return output
+
+
+def _is_fused(module: nn.Module) -> bool:
+    tensors = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
+    return all(isinstance(tensor, nn.Parameter) and tensor.ndim == 3 for tensor in tensors)
+
+
+def open_experts(block: nn.Module) -> list[str]:
+    """Open every fused experts module of a block and return their names; none in a block without a mixture.
+
+    Raises ValueError for a layout other than Mixtral's and Qwen3-MoE's (biases, transposed or interleaved tensors).
+    """
+    names = [name for name, module in block.named_modules() if _is_fused(module)]
+    for name in names:
+        fused: Any = block.get_submodule(name)
+        if fused.has_bias or fused.is_transposed or not fused.is_concatenated or not fused.has_gate:
+            raise ValueError(
+                f"{type(fused).__name__} keeps its experts in a layout that cannot be opened; skip them with {name}.*"
+            )
+        block.set_submodule(name, OpenedExperts(fused))
+    return names
+
+
+@torch.no_grad()
+def close_experts(block: nn.Module) -> None:
+    """Put the fused modules back, with the experts' present weights stacked in them."""
+    for name, opened in [(n, m) for n, m in block.named_modules() if isinstance(m, OpenedExperts)]:
+        fused: Any = opened.fused[0]
+        experts = opened.experts()
+        gate_up = [torch.cat([expert.gate_proj.weight, expert.up_proj.weight]) for expert in experts]
+        fused.gate_up_proj = nn.Parameter(torch.stack(gate_up), requires_grad=False)
+        down = torch.stack([expert.down_proj.weight for expert in experts])
+        fused.down_proj = nn.Parameter(down, requires_grad=False)
+        block.set_submodule(name, fused)
+
+
+@torch.no_grad()
+def count_tokens(
+    block: nn.Module, batches: Iterable[tuple[Hidden, Mapping[str, Any]]]
+) -> dict[str, Int[Tensor, " experts"]]:
+    """How many tokens each expert of every opened mixture got, over all batches of (inputs, further arguments)."""
+    opened = {name: module for name, module in block.named_modules() if isinstance(module, OpenedExperts)}
+    counts = {name: torch.zeros(len(module.experts()), dtype=torch.int64) for name, module in opened.items()}
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            counts[name] += torch.bincount(arguments[1].flatten().cpu(), minlength=len(counts[name]))
+
+        return hook
+
+    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in opened.items()]
+    try:
+        for inputs, arguments in batches:
+            run_block(block, inputs, arguments)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return counts
