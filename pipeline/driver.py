@@ -13,6 +13,7 @@ from cluster.units import Unit
 from pipeline.artifacts import Artifact, committed, digest, discard, intact, read_record
 from pipeline.graph import TRANSIENT, Graph, Node
 from pipeline.identity import claim_model
+from pipeline.lease import LeaseLostError
 from pipeline.merge import shard_intact
 from pipeline.prepare import Prepared, ensure_tokens
 from pipeline.reporter import Reporter
@@ -74,10 +75,12 @@ class Driver:
         return [digests[block] for block in range(len(self.prepared.skeleton))], digests[None]
 
     def complete(self, graph: Graph) -> int:
-        """Run what is needed until the goals are committed. Returns how many units were there already. Raises StoppedError."""
+        """Run what is needed until the goals are committed. Returns how many units were there already.
+
+        Raises StoppedError, and LeaseLostError if another driver took over."""
         first: int | None = None
         for _ in range(MOST_PLANS):
-            ensure_tokens(self.store, self.prepared.token_values)
+            ensure_tokens(self.store, self.prepared.token_values, self.report.message)
             needed = self.needed(graph)
             if first is None:
                 first = len(graph.nodes) - len(needed)
@@ -88,6 +91,8 @@ class Driver:
             outcome = self._run(graph, needed, tidy)
             if outcome.status == "replan":
                 self.report.message(f"damaged, will be redone: {outcome.reason}")
+            elif self.prepared.lease and self.prepared.lease.lost:
+                raise LeaseLostError(self.prepared.lease.lost)
             elif outcome.status != "done":
                 raise StoppedError(outcome.reason, interrupted=outcome.status == "interrupted")
             elif lost := {node.name for node in self.needed(graph)} & set(outcome.results):
