@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from pipeline.store import Buffer, Data, Store, iter_pieces
+from pipeline.store import Buffer, DamagedObjectError, Data, Store, iter_pieces
 from pipeline.tensors import deserialize, serialize
 
 RECORD = "commit.json"
@@ -198,11 +198,9 @@ def _parse_file(name: str, size: int, sha256: str, token: str) -> StoredFile:
 def read_record(store: Store, artifact: Artifact) -> Record | None:
     """The record if the artifact is committed, None if not. Raises CorruptArtifactError for a damaged record."""
     try:
-        text = store.get(f"{artifact.path}/{RECORD}")
+        record = parse_record(store.get(f"{artifact.path}/{RECORD}"))
     except FileNotFoundError:
         return None
-    try:
-        record = parse_record(text)
     except ValueError as error:
         raise CorruptArtifactError(artifact, f"damaged commit record: {error}") from error
     if not record.key.startswith(artifact.key):
@@ -235,6 +233,8 @@ def _read_committed(store: Store, artifact: Artifact, name: str, record: Record)
         data = store.get(f"{artifact.path}/{token}/{name}")
     except FileNotFoundError as error:
         raise CorruptArtifactError(artifact, f"{name} is missing though it was committed") from error
+    except DamagedObjectError as error:
+        raise CorruptArtifactError(artifact, str(error)) from error
     if len(data) != size or hashlib.sha256(data).hexdigest() != checksum:
         raise CorruptArtifactError(artifact, f"{name} has {len(data)} bytes that differ from the {size} committed ones")
     return data

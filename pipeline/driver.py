@@ -47,6 +47,7 @@ class Driver:
         self.units_run = 0
         # Shards that were read whole and found as committed: once a driver is enough.
         self.verified: set[Artifact] = set()
+        self.damaged: set[str] = set()
 
     @cached_property
     def group(self) -> WorkerGroup:
@@ -95,7 +96,7 @@ class Driver:
                 raise LeaseLostError(self.prepared.lease.lost)
             elif outcome.status != "done":
                 raise StoppedError(outcome.reason, interrupted=outcome.status == "interrupted")
-            elif lost := {node.name for node in self.needed(graph)} & set(outcome.results):
+            elif lost := self._lost(graph, outcome):
                 raise StoppedError(
                     f"{len(lost)} units are done, but what they committed is not at {self.store.url} as this machine sees it: "
                     "storage.run must be one place for all workers, an object store or a shared file system.",
@@ -105,6 +106,11 @@ class Driver:
             f"artifacts were found damaged in {MOST_PLANS} plans one after another, the last: {outcome.reason}; check the storage.",
             interrupted=False,
         )
+
+    def _lost(self, graph: Graph, outcome: Outcome) -> list[str]:
+        """Units that are done and whose artifacts were never here; those that were found damaged meanwhile are redone."""
+        needed = [node for node in self.needed(graph) if node.name in outcome.results]
+        return [node.name for node in needed if not any(a.path in self.damaged for a in node.makes)]
 
     def _begin(self, graph: Graph, needed: list[Node]) -> None:
         left = {node.name for node in needed}
@@ -127,12 +133,16 @@ class Driver:
 
     def _good(self, artifact: Artifact) -> bool:
         record = intact(self.store, artifact, self.report.message)
-        if record is None or artifact.kind != "shard":
-            return record is not None
+        if record is None:
+            self.damaged.add(artifact.path)
+            return False
+        if artifact.kind != "shard":
+            return True
         if artifact in self.verified or shard_intact(self.prepared.checkpoint, record):
             self.verified.add(artifact)
             return True
         self.report.message(f"damaged, will be redone: {self.prepared.checkpoint.describe(record.meta['file'])}")
+        self.damaged.add(artifact.path)
         discard(self.store, artifact)
         return False
 

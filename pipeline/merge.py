@@ -25,7 +25,7 @@ from pipeline.model_source import ModelSource
 from pipeline.optimize import WEIGHTS_FILE, unpack_weights
 from pipeline.packed_format import pack_linear, packed_layout, quantization_config
 from pipeline.skeleton import Skeleton, stored_name, tensor_names
-from pipeline.store import Store
+from pipeline.store import DamagedObjectError, Store
 from pipeline.tensors import Layout, layout_bytes, write_lazily
 from pipeline.worker import Worker
 
@@ -209,5 +209,5 @@ def publish(
 def _holds(store: Store, key: str, data: bytes) -> bool:
     try:
         return store.get(key) == data
-    except FileNotFoundError:
+    except (FileNotFoundError, DamagedObjectError):
         return False

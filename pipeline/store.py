@@ -39,6 +39,10 @@ class StorageFullError(OSError):
     """The medium under a store has no room left."""
 
 
+class DamagedObjectError(ValueError):
+    """The backend itself found that an object is not what was once written."""
+
+
 @dataclass
 class Store:
     """Objects under one root URL.
@@ -94,9 +98,16 @@ class Store:
         return persist(f"{verb} {self.describe(key)}", action, self.clean)
 
     def get(self, key: str) -> bytes:
-        """The whole object. Raises FileNotFoundError."""
+        """The whole object. Raises FileNotFoundError, and DamagedObjectError."""
         path = self.path(key)
-        return self._persist("reading", key, lambda: self.fs.cat_file(path))
+        try:
+            return self._persist("reading", key, lambda: self.fs.cat_file(path))
+        except Exception as error:
+            if type(error).__name__ != "FlexibleChecksumError":  # botocore's, which a local disk does not need
+                raise
+            raise DamagedObjectError(
+                f"{self.describe(key)}: not what was written, as its checksum there says"
+            ) from error
 
     def read_range(self, key: str, start: int, end: int) -> bytes:
         """Bytes start … end − 1. Raises FileNotFoundError, and EOFError if the object is shorter."""
@@ -136,7 +147,7 @@ class Store:
         # It may be our own, written by a try whose answer was lost.
         try:
             return self.get(key) == data
-        except FileNotFoundError:
+        except (FileNotFoundError, DamagedObjectError):
             return False
 
     def _create(self, key: str, data: bytes) -> bool:
