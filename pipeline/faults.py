@@ -21,7 +21,7 @@ TRIES = 6
 FIRST_DELAY = (
     0.5  # seconds; doubled after each try, and the wait is drawn between nothing and that: 15 s at most in all
 )
-LONGEST = 60.0  # no further try after so long: a backend's own retries may have taken half a minute each
+LONGEST = 30.0  # no further try after so long: with a backend's own retries each may take many seconds
 SAY_EVERY = 60.0
 
 _PASSING = {
@@ -140,7 +140,7 @@ def persist(operation: str, action: Callable[[], T], clean: Callable[[str], str]
             wait = next(waits, None)
             if wait is None or elapsed > LONGEST:
                 raise StorageError(
-                    errno.EIO, f"{operation} failed {tries} times in {elapsed:.0f} s, the last time with {reason}"
+                    f"{operation} failed {tries} times in {elapsed:.0f} s, the last time with {reason}"
                 ) from error
         repeated.add(operation, reason)
         time.sleep(wait)

@@ -221,7 +221,7 @@ class Lease:
     def release(self) -> None:
         """End the turn; one small object stays, so that no later term has the same number."""
         self._ended.set()
-        self._thread.join()
+        self._thread.join(self.holder.seconds)  # longer only if it hangs in a request
         if self.lost is not None:
             return
         try:

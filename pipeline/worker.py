@@ -110,7 +110,7 @@ class Worker:
         self.store = open_store(context.run_url, context.config.storage.options)
         self.checkpoint = open_store(context.checkpoint_url, context.config.storage.options)
         if context.term:
-            self.store.check_fence = self.checkpoint.check_fence = partial(check_term, self.store, context.term)
+            self.store.check_fence = partial(check_term, self.store, context.term)
         self.chunks = ChunkCache(self.store, context.config.storage.cache_mib << 20)
         self._arguments: dict[int, list[Arguments]] = {}
         self._block: tuple[int, nn.Module] | None = None

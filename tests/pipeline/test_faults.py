@@ -69,7 +69,7 @@ def lasting() -> list[Exception]:
         caused(OSError(errno.EIO, "unknown code"), 400, "InvalidSomething"),
         caused(PermissionError("denied"), 403, "AccessDenied"),
         boto.NoCredentialsError(),
-        StorageError(errno.EIO, "tried already"),
+        StorageError("tried already"),
         ValueError("a defect"),
         KeyboardInterrupt(),  # type: ignore[list-item]
     ]

@@ -16,6 +16,7 @@ from pipeline.graph import Node
 from pipeline.run import ray_workers
 from pipeline.status import read_status
 from pipeline.store import Store, open_store
+from pipeline.worker import make_handler
 
 
 @pytest.fixture
@@ -181,6 +182,19 @@ def test_a_shard_record_that_points_elsewhere_is_redone(
     finished, _ = run(config, report)
     assert report.units == ["merge/model.safetensors"]
     assert checkpoint_hashes(finished.prepared.checkpoint) == expected
+
+
+def test_a_merge_done_twice_leaves_the_shard_alone(
+    undisturbed: tuple[Path, dict[str, str]], short_text: Path, tmp_path: Path
+) -> None:
+    """A worker that wakes up late would tear what is published for as long as it writes."""
+    finished, _ = run(tiny_config(undisturbed[0], short_text, tmp_path / "run"))
+    checkpoint, context = finished.prepared.checkpoint, finished.prepared.context
+    before = checkpoint.stamp("model.safetensors")
+    merge = next(node for node in finished.graph.nodes if node.stage == "merge")
+    make_handler(context, "late")(merge.task)
+    assert checkpoint.stamp("model.safetensors") == before
+    assert checkpoint_hashes(checkpoint) == undisturbed[1]
 
 
 def test_status_refuses_a_plan_that_names_other_places(tmp_path: Path) -> None:

@@ -107,7 +107,8 @@ def test_it_is_given_back_after_an_error_and_after_ctrl_c(store: Store) -> None:
 def test_it_is_renewed_while_held(store: Store) -> None:
     with hold(store, SHORT, quiet):
         for _ in range(200):
-            if store.exists(key_of(1, "beat")) and int(store.get(key_of(1, "beat"))) >= 2:
+            # Empty for the moment in which a local file is rewritten.
+            if store.exists(key_of(1, "beat")) and store.get(key_of(1, "beat")) not in (b"", b"1"):
                 return
             time.sleep(0.05)
         pytest.fail("no second beat within ten seconds")
@@ -184,7 +185,7 @@ def test_a_process_number_that_another_process_has_now_is_gone() -> None:
 def test_of_many_that_come_at_once_one_gets_the_run(store: Store) -> None:
     def contend(_: int) -> Lease | str:
         try:
-            return acquire(Store(store.url), 2, quiet)
+            return acquire(Store(store.url), 8, quiet)
         except UserError as error:
             return str(error)
 
@@ -326,7 +327,7 @@ def test_a_second_driver_is_refused_with_one_sentence_and_status_is_not(
     tree = tiny_tree(model, short_text, tmp_path / "run", optimizer={"epochs": 0}, storage={"lease_seconds": SHORT})
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
     prepare(tiny_config(model, short_text, tmp_path / "run", optimizer={"epochs": 0}), Silent())
-    with hold(open_store(str(tmp_path / "run")), SHORT, quiet):
+    with hold(open_store(str(tmp_path / "run")), 4, quiet):
         for command in (["quantize", str(tmp_path / "c.yaml")], ["merge", str(tmp_path / "run")]):
             result = CliRunner().invoke(app, command)
             assert result.exit_code == 2
