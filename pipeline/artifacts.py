@@ -2,22 +2,32 @@
 
 An artifact is a folder `kind/name-key` of a store. It is there if and only if its record is whole and agrees with the data.
 The key is a content address: a hash of everything that the artifact is made from, so equal keys mean equal bytes.
+
+A unit may be done twice at the same time, by a worker that was given up and wakes again. So every attempt writes into a
+folder of its own, which the record names, and the first whole record stays.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+import secrets
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from pipeline.store import Buffer, Store, iter_pieces
+from pipeline.store import Buffer, DamagedObjectError, Data, Store, iter_pieces
 from pipeline.tensors import deserialize, serialize
 
 RECORD = "commit.json"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_TOKEN = re.compile(r"[0-9a-f]{16}")
+_PATH = re.compile(r"([a-z]+)/([A-Za-z0-9][A-Za-z0-9_.-]*)-([0-9a-f]{16})")
 
 
 class CorruptArtifactError(Exception):
@@ -44,18 +54,34 @@ class Artifact:
     def path(self) -> str:
         return f"{self.kind}/{self.name}-{self.key[:16]}"
 
+    @staticmethod
+    def parse(path: str) -> Artifact:
+        """An artifact from its path; the key is shortened as the path has it. Raises ValueError for anything else."""
+        match = _PATH.fullmatch(path)
+        if match is None:
+            raise ValueError(f"{path!r} is not the path of an artifact")
+        return Artifact(*match.groups())
+
+
+class StoredFile(NamedTuple):
+    """One committed file: its size, its content, and the folder of the attempt that wrote it."""
+
+    size: int
+    sha256: str
+    token: str
+
 
 @dataclass(frozen=True)
 class Record:
-    """What was committed: `files` maps a file's name to (bytes, sha256); `meta` is JSON for people and reports."""
+    """What was committed: `files` by name; `meta` is JSON for people and reports."""
 
     key: str
-    files: dict[str, tuple[int, str]]
+    files: dict[str, StoredFile]
     meta: dict[str, Any] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
-        return sum(size for size, _ in self.files.values())
+        return sum(file.size for file in self.files.values())
 
 
 def digest(value: object) -> str:
@@ -63,84 +89,152 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def put_hashed(store: Store, key: str, pieces: Iterable[Buffer]) -> tuple[int, str]:
+def put_hashed(store: Store, key: str, data: Data) -> tuple[int, str]:
     """Write an object, hashing it on the way. Returns (bytes, sha256)."""
     hasher, size = hashlib.sha256(), 0
 
     def hashed() -> Iterable[Buffer]:
-        nonlocal size
-        for piece in pieces:
+        nonlocal hasher, size
+        hasher, size = hashlib.sha256(), 0  # a write that failed begins again
+        for piece in [data] if isinstance(data, bytes | memoryview) else data() if callable(data) else data:
             for part in iter_pieces(memoryview(piece)):
                 hasher.update(part)
                 size += len(part)
                 yield part
 
-    store.put(key, hashed())
+    store.put(key, hashed)
     return size, hasher.hexdigest()
 
 
 class Writer:
-    """Collects an artifact's files; nothing counts before `commit`."""
+    """Collects one attempt's files of an artifact; nothing counts before `commit`."""
 
     def __init__(self, store: Store, artifact: Artifact) -> None:
         self.store = store
         self.artifact = artifact
-        self.files: dict[str, tuple[int, str]] = {}
+        self.token = secrets.token_hex(8)
+        self.files: dict[str, StoredFile] = {}
 
-    def write(self, name: str, pieces: Iterable[Buffer]) -> None:
-        """Write one file."""
-        self.files[name] = put_hashed(self.store, f"{self.artifact.path}/{name}", pieces)
+    @property
+    def folder(self) -> str:
+        """Where this attempt's files are, a folder that no other attempt uses."""
+        return f"{self.artifact.path}/{self.token}"
+
+    def write(self, name: str, data: Data) -> None:
+        """Write one file. What there is of this attempt goes if that fails: on a full disk it would be in the way."""
+        try:
+            self.files[name] = StoredFile(*put_hashed(self.store, f"{self.folder}/{name}", data), self.token)
+        except Exception:
+            with suppress(Exception):
+                self.drop()
+            raise
 
     def write_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
-        self.write(name, serialize(tensors))
+        self.write(name, partial(serialize, tensors))
 
     def commit(self, meta: dict[str, Any]) -> Record:
-        """Publish. The record carries a checksum of itself, so a torn one is recognised."""
+        """Publish, unless another attempt has: its record is returned then, and this attempt's files go.
+
+        The record carries a checksum of itself, so a torn one is recognised; it makes room. Raises LeaseLostError.
+        """
         record = Record(self.artifact.key, self.files, meta)
         body = {"key": record.key, "files": {n: list(f) for n, f in self.files.items()}, "meta": meta}
-        self.store.put(
-            f"{self.artifact.path}/{RECORD}", json.dumps({"body": body, "checksum": digest(body)}, indent=1).encode()
-        )
+        text = json.dumps({"body": body, "checksum": digest(body)}, indent=1).encode()
+        key = f"{self.artifact.path}/{RECORD}"
+        self.store.check_fence()
+        while not self.store.create(key, text):
+            if (found := self._earlier()) is not None:
+                self.drop()
+                return found
+            self.store.delete(key)
+        _remember(self.store, self.artifact, record)
         return record
+
+    def _earlier(self) -> Record | None:
+        """The record that is there already; None if it is damaged, or its data is."""
+        try:
+            found = read_record(self.store, self.artifact)
+            if found is not None:
+                check_sizes(self.store, self.artifact, found)
+        except CorruptArtifactError:
+            return None
+        return found
+
+    def drop(self) -> None:
+        """Remove this attempt's files."""
+        self.store.delete_all(self.folder)
+
+
+# Records are immutable while they are there, and every chunk of a stream is read through the same one.
+_known: dict[tuple[str, str], Record] = {}
+_MOST_KNOWN = 4096
+
+
+def _remember(store: Store, artifact: Artifact, record: Record) -> None:
+    if len(_known) >= _MOST_KNOWN:
+        _known.clear()
+    _known[store.url, artifact.path] = record
 
 
 def parse_record(text: bytes) -> Record:
-    """A record from its bytes. Raises ValueError for a torn or altered one."""
+    """A record from its bytes. Raises ValueError for a torn or altered one, and for one that names files outside its folder."""
     try:
         whole = json.loads(text)
         body = whole["body"]
         if digest(body) != whole["checksum"]:
             raise ValueError("its checksum does not match")
-        return Record(body["key"], {n: (int(s), str(h)) for n, (s, h) in body["files"].items()}, body["meta"])
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        files = {name: _parse_file(name, *entry) for name, entry in body["files"].items()}
+        return Record(str(body["key"]), files, dict(body["meta"]))
+    except (KeyError, TypeError, AttributeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"it is not a whole commit record ({error})") from error
+
+
+def _parse_file(name: str, size: int, sha256: str, token: str) -> StoredFile:
+    if not _NAME.fullmatch(name) or not _TOKEN.fullmatch(token):
+        raise ValueError(f"it names the file {name!r} in {token!r}, which no run writes")
+    return StoredFile(int(size), str(sha256), token)
 
 
 def read_record(store: Store, artifact: Artifact) -> Record | None:
     """The record if the artifact is committed, None if not. Raises CorruptArtifactError for a damaged record."""
     try:
-        text = store.get(f"{artifact.path}/{RECORD}")
+        record = parse_record(store.get(f"{artifact.path}/{RECORD}"))
     except FileNotFoundError:
         return None
-    try:
-        record = parse_record(text)
     except ValueError as error:
         raise CorruptArtifactError(artifact, f"damaged commit record: {error}") from error
     if not record.key.startswith(artifact.key):
         raise CorruptArtifactError(artifact, f"its commit record belongs to {record.key[:16]}…")
+    _remember(store, artifact, record)
     return record
 
 
 def read_file(store: Store, artifact: Artifact, name: str, record: Record | None = None) -> bytes:
     """One file, verified. Raises CorruptArtifactError if it is not there or not what was committed."""
-    record = record or read_record(store, artifact)
-    if record is None or name not in record.files:
+    if record is not None:
+        return _read_committed(store, artifact, name, record)
+    known = _known.get((store.url, artifact.path))
+    if known is not None and known.key.startswith(artifact.key):
+        # What is not as it was remembered may have been redone since.
+        with suppress(CorruptArtifactError):
+            return _read_committed(store, artifact, name, known)
+        _known.pop((store.url, artifact.path), None)
+    record = read_record(store, artifact)
+    if record is None:
         raise CorruptArtifactError(artifact, f"{name} is not committed")
+    return _read_committed(store, artifact, name, record)
+
+
+def _read_committed(store: Store, artifact: Artifact, name: str, record: Record) -> bytes:
+    if name not in record.files:
+        raise CorruptArtifactError(artifact, f"{name} is not committed")
+    size, checksum, token = record.files[name]
     try:
-        data = store.get(f"{artifact.path}/{name}")
+        data = store.get(f"{artifact.path}/{token}/{name}")
     except FileNotFoundError as error:
         raise CorruptArtifactError(artifact, f"{name} is missing though it was committed") from error
-    size, checksum = record.files[name]
+    except DamagedObjectError as error:
+        raise CorruptArtifactError(artifact, str(error)) from error
     if len(data) != size or hashlib.sha256(data).hexdigest() != checksum:
         raise CorruptArtifactError(artifact, f"{name} has {len(data)} bytes that differ from the {size} committed ones")
     return data
@@ -151,16 +245,20 @@ def read_tensors(store: Store, artifact: Artifact, name: str) -> dict[str, Tenso
     return deserialize(read_file(store, artifact, name))
 
 
+def check_sizes(store: Store, artifact: Artifact, record: Record) -> None:
+    """Raises CorruptArtifactError if a committed file is not there or has another size."""
+    sizes = store.list(artifact.path) if record.files else {}
+    for name, file in record.files.items():
+        if sizes.get(f"{artifact.path}/{file.token}/{name}") != file.size:
+            raise CorruptArtifactError(artifact, f"{name} is missing or has another size than was committed")
+
+
 def intact(store: Store, artifact: Artifact, say: Callable[[str], None] = lambda text: None) -> Record | None:
     """The record of a committed artifact whose files have their sizes; None otherwise, what is damaged being cleared away."""
     try:
         record = read_record(store, artifact)
-        if record is None:
-            return None
-        sizes = store.list(artifact.path)
-        for name, (size, _) in record.files.items():
-            if sizes.get(f"{artifact.path}/{name}") != size:
-                raise CorruptArtifactError(artifact, f"{name} is missing or has another size than was committed")
+        if record is not None:
+            check_sizes(store, artifact, record)
     except CorruptArtifactError as error:
         say(f"damaged, will be redone: {error}")
         discard(store, artifact)
@@ -169,9 +267,16 @@ def intact(store: Store, artifact: Artifact, say: Callable[[str], None] = lambda
 
 
 def discard(store: Store, artifact: Artifact) -> None:
-    """Remove an artifact, record first, so that no moment shows a record without its data."""
+    """Remove an artifact, record first, so that no moment shows a record without its data. Raises LeaseLostError."""
+    store.check_fence()
+    _known.pop((store.url, artifact.path), None)
     store.delete(f"{artifact.path}/{RECORD}")
     store.delete_all(artifact.path)
+
+
+def _folder(key: str) -> str:
+    """The artifact's folder that a key lies in."""
+    return "/".join(key.split("/")[:2])
 
 
 def committed(store: Store, kinds: Iterable[str]) -> dict[str, int]:
@@ -181,9 +286,49 @@ def committed(store: Store, kinds: Iterable[str]) -> dict[str, int]:
         sizes: dict[str, int] = {}
         done = set()
         for key, size in store.list(kind).items():
-            folder, _, name = key.rpartition("/")
+            folder = _folder(key)
             sizes[folder] = sizes.get(folder, 0) + size
-            if name == RECORD:
+            if key == f"{folder}/{RECORD}":
                 done.add(folder)
         found |= {folder: sizes[folder] for folder in done}
     return found
+
+
+def collect_garbage(store: Store, kinds: Iterable[str]) -> int:
+    """Remove what attempts left that never committed, of the given kinds. Returns bytes. Raises LeaseLostError.
+
+    Only for a driver that holds the lease and whose workers are idle: what is being written looks the same.
+    """
+    freed = 0
+    for kind in kinds:
+        attempts: dict[str, dict[str, int]] = {}
+        recorded = set()
+        for key, size in store.list(kind).items():
+            folder, token = _folder(key), key.split("/")[2] if key.count("/") > 2 else ""
+            sizes = attempts.setdefault(folder, {})
+            if key == f"{folder}/{RECORD}":
+                recorded.add(folder)
+            else:
+                sizes[token] = sizes.get(token, 0) + size
+        for folder, sizes in attempts.items():
+            freed += _collect(store, folder, sizes, folder in recorded)
+    return freed
+
+
+def _collect(store: Store, folder: str, attempts: dict[str, int], recorded: bool) -> int:
+    # One attempt and a record: that attempt's, or the next check of the sizes finds out.
+    if not attempts or (recorded and len(attempts) == 1):
+        return 0
+    store.check_fence()
+    if not recorded:
+        store.delete_all(folder)
+        return sum(attempts.values())
+    try:
+        record = parse_record(store.get(f"{folder}/{RECORD}"))
+    except (FileNotFoundError, ValueError):
+        return 0  # damaged: told and cleared away when it is looked for
+    used = {file.token for file in record.files.values()}
+    dead = [token for token in attempts if token and token not in used]
+    for token in dead:
+        store.delete_all(f"{folder}/{token}")
+    return sum(attempts[token] for token in dead)

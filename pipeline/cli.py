@@ -127,7 +127,7 @@ def run_command(load: Callable[[], Any], again: str, *, merge_only: bool) -> Non
     from pipeline.prepare import prepare
     from pipeline.progress import make_reporter
     from pipeline.report import publish_checkpoint, write_result
-    from pipeline.run import inline_workers, ray_workers, run_to_goals
+    from pipeline.run import inline_workers, leased, ray_workers, run_to_goals
 
     resume = f"To go on from what is committed: {again}"
     with make_reporter() as reporter, stop_on_signals(reporter.message) as should_stop:
@@ -136,9 +136,10 @@ def run_command(load: Callable[[], Any], again: str, *, merge_only: bool) -> Non
             workers, restrict = (
                 (inline_workers, only_merge) if merge_only else (ray_workers, lambda graph, driver: None)
             )
-            finished = run_to_goals(prepared, reporter, workers, should_stop, restrict)
-            publish_checkpoint(finished)
-            result = write_result(finished)
+            with leased(prepared, reporter):
+                finished = run_to_goals(prepared, reporter, workers, should_stop, restrict)
+                publish_checkpoint(finished)
+                result = write_result(finished)
         except UserError as error:
             reporter.__exit__()
             fail(str(error), REFUSED)

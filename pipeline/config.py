@@ -174,10 +174,16 @@ class StorageConfig(Section):
 
     run: str = Field(description="the run directory: a local path or any fsspec URL")
     options: dict[str, Any] = Field(
-        default={}, description="fsspec options; prefer the environment for secrets. Never recorded"
+        default={}, repr=False, description="fsspec options; prefer the environment for secrets. Never recorded"
     )
     chunk_samples: int = Field(8, ge=1, description="sequences in one activation object")
     cache_mib: int = Field(512, ge=0, description="activations that an actor keeps in memory")
+    lease_seconds: float = Field(
+        30,
+        gt=0,
+        le=600,
+        description="how long a driver may be silent before another one takes the run over",
+    )
     keep_activations: bool = Field(False, description="do not delete activations after their last reader")
 
 
@@ -295,6 +301,8 @@ def _explain(errors: list[Any], where: str) -> str:
     lines = []
     for error in errors:
         path = ".".join(str(part) for part in error["loc"])
+        if error["loc"][:2] == ("storage", "options"):
+            error = {**error, "input": "(not shown)"}
         if error["type"] == "extra_forbidden":
             lines.append(f"{where}: unknown key {path}; {_nearest(path)}")
         elif error["type"] == "missing":

@@ -13,6 +13,7 @@ from cluster.units import Unit
 from pipeline.artifacts import Artifact, committed, digest, discard, intact, read_record
 from pipeline.graph import TRANSIENT, Graph, Node
 from pipeline.identity import claim_model
+from pipeline.lease import LeaseLostError
 from pipeline.merge import shard_intact
 from pipeline.prepare import Prepared, ensure_tokens
 from pipeline.reporter import Reporter
@@ -46,6 +47,7 @@ class Driver:
         self.units_run = 0
         # Shards that were read whole and found as committed: once a driver is enough.
         self.verified: set[Artifact] = set()
+        self.damaged: set[str] = set()
 
     @cached_property
     def group(self) -> WorkerGroup:
@@ -74,10 +76,12 @@ class Driver:
         return [digests[block] for block in range(len(self.prepared.skeleton))], digests[None]
 
     def complete(self, graph: Graph) -> int:
-        """Run what is needed until the goals are committed. Returns how many units were there already. Raises StoppedError."""
+        """Run what is needed until the goals are committed. Returns how many units were there already.
+
+        Raises StoppedError, and LeaseLostError if another driver took over."""
         first: int | None = None
         for _ in range(MOST_PLANS):
-            ensure_tokens(self.store, self.prepared.token_values)
+            ensure_tokens(self.store, self.prepared.token_values, self.report.message)
             needed = self.needed(graph)
             if first is None:
                 first = len(graph.nodes) - len(needed)
@@ -88,9 +92,11 @@ class Driver:
             outcome = self._run(graph, needed, tidy)
             if outcome.status == "replan":
                 self.report.message(f"damaged, will be redone: {outcome.reason}")
+            elif self.prepared.lease and self.prepared.lease.lost:
+                raise LeaseLostError(self.prepared.lease.lost)
             elif outcome.status != "done":
                 raise StoppedError(outcome.reason, interrupted=outcome.status == "interrupted")
-            elif lost := {node.name for node in self.needed(graph)} & set(outcome.results):
+            elif lost := self._lost(graph, outcome):
                 raise StoppedError(
                     f"{len(lost)} units are done, but what they committed is not at {self.store.url} as this machine sees it: "
                     "storage.run must be one place for all workers, an object store or a shared file system.",
@@ -100,6 +106,11 @@ class Driver:
             f"artifacts were found damaged in {MOST_PLANS} plans one after another, the last: {outcome.reason}; check the storage.",
             interrupted=False,
         )
+
+    def _lost(self, graph: Graph, outcome: Outcome) -> list[str]:
+        """Units that are done and whose artifacts were never here; those that were found damaged meanwhile are redone."""
+        needed = [node for node in self.needed(graph) if node.name in outcome.results]
+        return [node.name for node in needed if not any(a.path in self.damaged for a in node.makes)]
 
     def _begin(self, graph: Graph, needed: list[Node]) -> None:
         left = {node.name for node in needed}
@@ -122,12 +133,16 @@ class Driver:
 
     def _good(self, artifact: Artifact) -> bool:
         record = intact(self.store, artifact, self.report.message)
-        if record is None or artifact.kind != "shard":
-            return record is not None
+        if record is None:
+            self.damaged.add(artifact.path)
+            return False
+        if artifact.kind != "shard":
+            return True
         if artifact in self.verified or shard_intact(self.prepared.checkpoint, record):
             self.verified.add(artifact)
             return True
         self.report.message(f"damaged, will be redone: {self.prepared.checkpoint.describe(record.meta['file'])}")
+        self.damaged.add(artifact.path)
         discard(self.store, artifact)
         return False
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def _write_shards(
     def flush() -> None:
         nonlocal count
         name = f"model-{count:05d}.safetensors"
-        target.put(name, serialize(shard))
+        target.put(name, partial(serialize, shard))
         weight_map.update(dict.fromkeys(shard, name))
         shard.clear()
         count += 1

@@ -98,6 +98,7 @@ def claim_model(store: Store, digests: dict[str, str]) -> None:
     """Check that the weights are those that the run began with. Raises UserError naming the parts that differ."""
     theirs = read_json(store, MODEL_FILE)
     if theirs is None:
+        store.check_fence()
         store.put(MODEL_FILE, json.dumps(digests, indent=1, sort_keys=True).encode())
         return
     if differing := [name for name in digests if theirs.get(name) != digests[name]]:

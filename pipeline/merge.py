@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,19 +19,20 @@ from torch import Tensor
 
 from lsi.block import linear_names
 from lsi.grid import Grid, QuantizedWeight
-from pipeline.artifacts import Artifact, Record, Writer, put_hashed, read_tensors
+from pipeline.artifacts import Artifact, Record, Writer, put_hashed, read_record, read_tensors
 from pipeline.config import RunConfig
 from pipeline.model_source import ModelSource
 from pipeline.optimize import WEIGHTS_FILE, unpack_weights
 from pipeline.packed_format import pack_linear, packed_layout, quantization_config
 from pipeline.skeleton import Skeleton, stored_name, tensor_names
-from pipeline.store import Store
+from pipeline.store import DamagedObjectError, Store
 from pipeline.tensors import Layout, layout_bytes, write_lazily
 from pipeline.worker import Worker
 
 CONFIG_FILE = "config.json"
 CHECKPOINT_MANIFEST = "lsi_manifest.json"
 INDEX_FILE = "model.safetensors.index.json"
+SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 Sizes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
@@ -87,13 +90,18 @@ class MergeTask:
 
     def __call__(self, worker: Worker) -> dict[str, Any]:
         worker.release()
+        worker.store.check_fence()
+        earlier = read_record(worker.store, self.out)
+        if earlier is not None and shard_intact(worker.checkpoint, earlier):
+            # Done by another while this worker slept. Shards have one place, so writing would tear what is published.
+            return {"file": self.file, "size": earlier.meta["size"]}
         layouts = dict(
             checkpoint_layout(
                 worker.skeleton, worker.config.scheme.grid, worker.config.scheme.skip, worker.context.dtype
             )
         )
         layout = {key: size for name in self.names for key, size in layouts[name].items()}
-        pieces = write_lazily(layout, Packer(worker, self.quantized), {"format": "pt"})
+        pieces = partial(write_lazily, layout, Packer(worker, self.quantized), {"format": "pt"})
         size, checksum = put_hashed(worker.checkpoint, self.file, pieces)
         meta = {"file": self.file, "size": size, "sha256": checksum, "tensors": sorted(layout)}
         Writer(worker.store, self.out).commit(meta)
@@ -135,7 +143,9 @@ class Packer:
 
 def shard_intact(checkpoint: Store, record: Record) -> bool:
     """Whether a committed shard is still what was written, by reading it all."""
-    file, size, checksum = record.meta["file"], record.meta["size"], record.meta["sha256"]
+    file, size, checksum = str(record.meta.get("file")), record.meta.get("size"), record.meta.get("sha256")
+    if not isinstance(size, int) or not SHARD_NAME.fullmatch(file):
+        return False
     try:
         if checkpoint.size(file) != size:
             return False
@@ -149,6 +159,7 @@ def shard_intact(checkpoint: Store, record: Record) -> bool:
 
 def withdraw(checkpoint: Store) -> None:
     """Make an older checkpoint invisible before any of it is replaced."""
+    checkpoint.check_fence()
     checkpoint.delete(CONFIG_FILE)
 
 
@@ -191,11 +202,12 @@ def publish(
         if key.endswith((".safetensors", ".index.json")) and key not in wanted:
             checkpoint.delete(key)
     for name, data in files.items():
+        checkpoint.check_fence()
         checkpoint.put(name, data)
 
 
 def _holds(store: Store, key: str, data: bytes) -> bool:
     try:
         return store.get(key) == data
-    except FileNotFoundError:
+    except (FileNotFoundError, DamagedObjectError):
         return False

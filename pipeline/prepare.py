@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import posixpath
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +14,14 @@ import torch
 from torch import Tensor
 
 from lsi.block import get_linear, linear_names
-from pipeline.artifacts import Artifact, CorruptArtifactError, Writer, digest, intact, read_file, read_record
+from pipeline.artifacts import Artifact, CorruptArtifactError, Writer, digest, discard, intact, read_file, read_record
 from pipeline.capture import TOKENS_FILE
 from pipeline.config import MethodConfig, RunConfig
 from pipeline.data import calibration_tokens, evaluation_tokens
 from pipeline.errors import UserError
 from pipeline.gguf_import import import_gguf
 from pipeline.identity import autocast_dtype, check_claim, claim, read_json, run_identity
+from pipeline.lease import Lease
 from pipeline.merge import CHECKPOINT_MANIFEST, CONFIG_FILE
 from pipeline.model_source import DTYPES, ModelSource, locate, open_model
 from pipeline.perplexity import take_windows
@@ -31,7 +34,7 @@ from pipeline.worker import Context
 
 @dataclass
 class Prepared:
-    """A run before its units: everything checked, nothing expensive done."""
+    """A run before its units: everything checked, nothing expensive done. `lease`: while this process is the run's driver."""
 
     config: RunConfig
     store: Store
@@ -43,6 +46,7 @@ class Prepared:
     texts: dict[str, Artifact]
     resolved: dict[str, Any]
     token_values: dict[Artifact, Tensor]
+    lease: Lease | None = None
 
 
 def checkpoint_url(config: RunConfig) -> str:
@@ -70,12 +74,17 @@ def converted(config: RunConfig, store: Store, report: Reporter) -> Store:
         raise UserError(f"model.source {source}: there is no such file") from error
     key = digest({"kind": "convert", "source": source, "stamp": stamp, "dtype": str(dtype)})
     artifact = Artifact("model", "converted", key)
-    target = store.child(artifact.path)
-    if intact(store, artifact, report.message) is None:
+    record = intact(store, artifact, report.message)
+    if record is None:
         report.message(f"converting {source} to safetensors")
-        import_gguf(source, options, target, dtype)
-        Writer(store, artifact).commit({"source": source})
-    return target
+        # A folder of this attempt's own: another driver may convert at the same moment.
+        writer = Writer(store, artifact)
+        import_gguf(source, options, store.child(writer.folder), dtype)
+        record = writer.commit({"source": source, "folder": writer.token})
+    folder = str(record.meta.get("folder"))
+    if not re.fullmatch(r"[0-9a-f]{16}", folder):
+        raise UserError(f"{store.describe(artifact.path)}: its record is not one of this version; delete that folder")
+    return store.child(f"{artifact.path}/{folder}")
 
 
 def check_scheme(config: RunConfig, skeleton: Skeleton) -> None:
@@ -120,7 +129,7 @@ def tokens_artifact(name: str, tokens: Tensor) -> Artifact:
     return Artifact("tokens", name, key)
 
 
-def ensure_tokens(store: Store, values: dict[Artifact, Tensor]) -> None:
+def ensure_tokens(store: Store, values: dict[Artifact, Tensor], say: Callable[[str], None]) -> None:
     """Store tokens that are not there, or not any more: the driver has them, no unit makes them."""
     for artifact, tokens in values.items():
         try:
@@ -128,8 +137,9 @@ def ensure_tokens(store: Store, values: dict[Artifact, Tensor]) -> None:
             if record is not None:
                 read_file(store, artifact, TOKENS_FILE, record)
                 continue
-        except CorruptArtifactError:
-            pass  # written again below
+        except CorruptArtifactError as error:
+            say(f"damaged, written again: {error}")
+            discard(store, artifact)
         writer = Writer(store, artifact)
         writer.write_tensors(TOKENS_FILE, {"tokens": tokens})
         writer.commit({"shape": list(tokens.shape)})

@@ -194,6 +194,7 @@ def write_result(finished: Finished) -> dict[str, Any]:
         "timeline": timeline(blocks),
         "most_blocks_at_once": most_at_once(timeline(blocks)),
     }
+    prepared.store.check_fence()
     prepared.store.put(MANIFEST_FILE, json.dumps(manifest, indent=1, sort_keys=True).encode())
     prepared.store.put(RESULT_FILE, json.dumps(result, indent=1).encode())
     return result

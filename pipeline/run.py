@@ -7,8 +7,8 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -19,15 +19,18 @@ from cluster.inline import InlineGroup
 from cluster.ray_group import RayGroup
 from cluster.session import default_workers, ray_session
 from cluster.units import ClusterError
+from pipeline.artifacts import collect_garbage
 from pipeline.config import RunConfig
-from pipeline.driver import Driver
+from pipeline.driver import Driver, StoppedError
 from pipeline.errors import UserError
-from pipeline.graph import Graph, Inputs, build_graph
+from pipeline.estimate import human_bytes
+from pipeline.graph import KINDS, Graph, Inputs, build_graph
 from pipeline.identity import package_version
+from pipeline.lease import hold
 from pipeline.merge import checkpoint_layout, plan_shards, quantized_linears, shard_file, withdraw
 from pipeline.prepare import Prepared
 from pipeline.reporter import Reporter
-from pipeline.store import Store
+from pipeline.store import Store, nothing
 from pipeline.worker import Context, make_handler
 
 PLAN_FILE = "plan.json"
@@ -125,7 +128,40 @@ def write_plan(store: Store, graph: Graph) -> None:
             for n in graph.nodes
         ],
     }
+    store.check_fence()
     store.put(PLAN_FILE, json.dumps(plan, sort_keys=True).encode())
+
+
+@contextmanager
+def leased(prepared: Prepared, report: Reporter) -> Iterator[None]:
+    """This process as the run's only driver: what is published and discarded within is fenced, garbage is collected around it.
+
+    Raises UserError if another driver is alive.
+    """
+    with hold(prepared.store, prepared.config.storage.lease_seconds, report.message) as lease:
+        plain = prepared.context
+        prepared.lease = lease
+        prepared.context = replace(plain, term=lease.term, nonce=lease.holder.nonce)
+        prepared.store.check_fence = prepared.checkpoint.check_fence = lease.check
+        try:
+            sweep(prepared, report)
+            try:
+                yield
+            except StoppedError:
+                with suppress(Exception):  # why it stopped is what must be told
+                    sweep(prepared, report)
+                raise
+            sweep(prepared, report)
+        finally:
+            prepared.lease, prepared.context = None, plain
+            prepared.store.check_fence = prepared.checkpoint.check_fence = nothing
+
+
+def sweep(prepared: Prepared, report: Reporter) -> None:
+    """Remove what dead attempts left. No worker of this driver may be at work."""
+    freed = collect_garbage(prepared.store, (*KINDS, "tokens"))
+    if freed:
+        report.message(f"removed {human_bytes(freed)} that attempts left which never committed")
 
 
 def run_to_goals(
@@ -135,11 +171,19 @@ def run_to_goals(
     should_stop: Callable[[], bool] = lambda: False,
     restrict: Callable[[Graph, Driver], None] = lambda graph, driver: None,
 ) -> Finished:
-    """Run every unit that is needed. Raises UserError or StoppedError; what was committed stays."""
+    """Run every unit that is needed, under the caller's lease or one of its own. Raises UserError or StoppedError; what was
+    committed stays."""
     began = time.monotonic()
     with ExitStack() as stack:
+        if prepared.lease is None:
+            stack.enter_context(leased(prepared, report))
+        lease = prepared.lease
+
+        def stop() -> bool:
+            return should_stop() or (lease is not None and lease.lost is not None)
+
         start = partial(stack.enter_context, workers(prepared.config, prepared.context, report))
-        driver = Driver(prepared, start, report, should_stop)
+        driver = Driver(prepared, start, report, stop)
         graph = graph_of(prepared, *driver.inspect())
         inspected = time.monotonic()
         write_plan(prepared.store, graph)

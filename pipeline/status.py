@@ -13,34 +13,23 @@ from pipeline.run import PLAN_FILE
 from pipeline.store import Store
 
 
-def artifact_of(path: str) -> Artifact:
-    """An artifact from its path; the key is shortened as the path has it."""
-    kind, _, rest = path.partition("/")
-    name, _, key = rest.rpartition("-")
-    return Artifact(kind, name, key)
-
-
 def load_plan(store: Store) -> Graph | None:
     """The graph that the last driver wrote, without its tasks; None if no driver came that far."""
     try:
         plan = json.loads(store.get(PLAN_FILE))
+        nodes = [
+            Node(n["name"], n["stage"], -1, _no_task, _artifacts(n["reads"]), _artifacts(n["makes"]), ())
+            for n in plan["nodes"]
+        ]
+        return Graph(nodes, list(_artifacts(plan["goals"])))
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{store.describe(PLAN_FILE)}: damaged; `lsi quantize` writes it anew") from error
-    nodes = [
-        Node(
-            n["name"],
-            n["stage"],
-            -1,
-            _no_task,
-            tuple(map(artifact_of, n["reads"])),
-            tuple(map(artifact_of, n["makes"])),
-            (),
-        )
-        for n in plan["nodes"]
-    ]
-    return Graph(nodes, [artifact_of(path) for path in plan["goals"]])
+
+
+def _artifacts(paths: list[str]) -> tuple[Artifact, ...]:
+    return tuple(map(Artifact.parse, paths))
 
 
 def _no_task(worker: object) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from lsi.block import linear_names
 from pipeline.artifacts import Artifact, CorruptArtifactError, discard, read_tensors
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
+from pipeline.lease import check_same_place, check_term
 from pipeline.model_source import ModelSource, open_model
 from pipeline.skeleton import Arguments, Skeleton, Surroundings, load_block, load_surroundings, make_skeleton
 from pipeline.store import StorageFullError, Store, open_store
@@ -47,6 +48,9 @@ class Context:
     dtype: torch.dtype
     autocast: torch.dtype | None
     model_options: dict[str, Any] = field(default_factory=dict, repr=False)
+    # The driver's turn, which its workers commit under, and what proves that they see the driver's storage; 0: neither is checked.
+    term: int = 0
+    nonce: str = ""
 
 
 class ChunkCache:
@@ -105,6 +109,8 @@ class Worker:
         self.device = context.config.compute.device
         self.store = open_store(context.run_url, context.config.storage.options)
         self.checkpoint = open_store(context.checkpoint_url, context.config.storage.options)
+        if context.term:
+            self.store.check_fence = partial(check_term, self.store, context.term)
         self.chunks = ChunkCache(self.store, context.config.storage.cache_mib << 20)
         self._arguments: dict[int, list[Arguments]] = {}
         self._block: tuple[int, nn.Module] | None = None
@@ -174,6 +180,11 @@ def make_handler(context: Context, name: str, should_yield: ShouldYield = stay) 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     worker = Worker(context, name, should_yield)
+    if context.term:
+        try:
+            check_same_place(worker.store, context.term, context.nonce)
+        except UserError as error:
+            raise UnitError("fatal", str(error)) from error
     return lambda task: handle_unit(task, worker)
 
 
@@ -181,13 +192,18 @@ def handle_unit(task: Task, worker: Worker) -> dict[str, Any]:
     """Run one unit; what went wrong is told apart by what cures it. Raises UnitError."""
     started = time.time()
     try:
-        result = task(worker)
-    except CorruptArtifactError as error:
-        discard(worker.store, error.artifact)
-        raise UnitError("replan", str(error)) from error
+        result = _run_or_discard(task, worker)
     except (UserError, StorageFullError, PermissionError) as error:
         raise UnitError("fatal", str(error)) from error
     return result | stamp(worker.name, started)
+
+
+def _run_or_discard(task: Task, worker: Worker) -> dict[str, Any]:
+    try:
+        return task(worker)
+    except CorruptArtifactError as error:
+        discard(worker.store, error.artifact)
+        raise UnitError("replan", str(error)) from error
 
 
 def stamp(worker: str, started: float) -> dict[str, Any]:

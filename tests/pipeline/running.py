@@ -9,7 +9,7 @@ from pipeline.config import RunConfig, parse_config
 from pipeline.graph import Node
 from pipeline.prepare import prepare
 from pipeline.report import publish_checkpoint, write_result
-from pipeline.run import Finished, Workers, inline_workers, run_to_goals
+from pipeline.run import Finished, Workers, inline_workers, leased, run_to_goals
 from pipeline.store import Store
 
 
@@ -59,9 +59,11 @@ def run(
 ) -> tuple[Finished, dict[str, Any]]:
     """Prepare, run and publish, as the command does."""
     report = report or Silent()
-    finished = run_to_goals(prepare(config, report), report, workers, **more)
-    publish_checkpoint(finished)
-    return finished, write_result(finished)
+    prepared = prepare(config, report)
+    with leased(prepared, report):
+        finished = run_to_goals(prepared, report, workers, **more)
+        publish_checkpoint(finished)
+        return finished, write_result(finished)
 
 
 def checkpoint_hashes(store: Store) -> dict[str, str]:

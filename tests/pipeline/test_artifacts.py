@@ -3,6 +3,7 @@
 import hashlib
 import json
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from pipeline.artifacts import (
     CorruptArtifactError,
     Record,
     Writer,
+    collect_garbage,
     committed,
     digest,
     discard,
@@ -25,6 +27,7 @@ from pipeline.artifacts import (
     read_record,
     read_tensors,
 )
+from pipeline.lease import LeaseLostError
 from pipeline.store import Store, open_store
 
 ARTIFACT = Artifact("block", "b003", digest("inputs"))
@@ -50,6 +53,12 @@ def commit(store: Store, artifact: Artifact = ARTIFACT) -> Record:
     writer.write("data.bin", [DATA[:4], DATA[4:]])
     writer.write("empty.bin", [])
     return writer.commit(META)
+
+
+def data_key(store: Store, artifact: Artifact = ARTIFACT, name: str = "data.bin") -> str:
+    """Where a file of the only attempt lies."""
+    (key,) = [key for key in store.list(artifact.path) if key.endswith(f"/{name}")]
+    return key
 
 
 def record_key(artifact: Artifact = ARTIFACT) -> str:
@@ -84,13 +93,18 @@ def test_without_a_record_nothing_is_there(store: Store) -> None:
 
 def test_record_is_written_after_all_data(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
-    put = Store.put
+    put, create = Store.put, Store.create
 
-    def note(self: Store, key: str, data: Any) -> None:
+    def note_put(self: Store, key: str, data: Any) -> None:
         put(self, key, data)
         written.append(key.rpartition("/")[2])
 
-    monkeypatch.setattr(Store, "put", note)
+    def note_create(self: Store, key: str, data: bytes) -> bool:
+        written.append(key.rpartition("/")[2])
+        return create(self, key, data)
+
+    monkeypatch.setattr(Store, "put", note_put)
+    monkeypatch.setattr(Store, "create", note_create)
     commit(store)
     assert written == ["data.bin", "empty.bin", RECORD]
 
@@ -119,7 +133,7 @@ def test_equal_contents_give_equal_bytes(store: Store) -> None:
         writer = Writer(store, artifact)
         writer.write_tensors("t", given_tensors)
         writer.commit({})
-    assert store.get(f"{first.path}/t") == store.get(f"{second.path}/t")
+    assert store.get(data_key(store, first, "t")) == store.get(data_key(store, second, "t"))
 
 
 def test_put_hashed_counts_and_hashes_all_pieces(store: Store) -> None:
@@ -180,11 +194,12 @@ def test_altered_record_is_refused_even_if_it_is_whole_json(store: Store) -> Non
 
 def test_every_flipped_bit_of_the_data_is_noticed(store: Store) -> None:
     record = commit(store)
+    key = data_key(store)
     for place in range(len(DATA)):
         for bit in range(8):
             damaged = bytearray(DATA)
             damaged[place] ^= 1 << bit
-            store.put(f"{ARTIFACT.path}/data.bin", bytes(damaged))
+            store.put(key, bytes(damaged))
             with pytest.raises(CorruptArtifactError, match="differ from the 9 committed ones"):
                 verify(store, ARTIFACT, record)
 
@@ -192,14 +207,14 @@ def test_every_flipped_bit_of_the_data_is_noticed(store: Store) -> None:
 @pytest.mark.parametrize("data", [DATA[:-1], b"", DATA + b"!"], ids=["torn", "emptied", "longer"])
 def test_data_of_another_length_is_noticed(store: Store, data: bytes) -> None:
     record = commit(store)
-    store.put(f"{ARTIFACT.path}/data.bin", data)
+    store.put(data_key(store), data)
     with pytest.raises(CorruptArtifactError, match=f"data.bin has {len(data)} bytes"):
         verify(store, ARTIFACT, record)
 
 
 def test_lost_data_is_noticed(store: Store) -> None:
     record = commit(store)
-    store.delete(f"{ARTIFACT.path}/data.bin")
+    store.delete(data_key(store))
     with pytest.raises(CorruptArtifactError, match="missing though it was committed"):
         verify(store, ARTIFACT, record)
 
@@ -237,7 +252,7 @@ def test_discard_that_is_cut_short_leaves_no_record(store: Store, monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         discard(store, ARTIFACT)
     assert read_record(store, ARTIFACT) is None
-    assert store.exists(f"{ARTIFACT.path}/data.bin")
+    assert store.exists(data_key(store))
 
 
 def test_committed_lists_the_asked_kinds_that_have_a_record(store: Store) -> None:
@@ -248,6 +263,151 @@ def test_committed_lists_the_asked_kinds_that_have_a_record(store: Store) -> Non
     size = len(DATA) + store.size(record_key(done))
     assert committed(store, ["block"]) == {done.path: size}
     assert set(committed(store, ["block", "capture", "merge"])) == {done.path, other.path}
+
+
+# --- attempts --------------------------------------------------------------------------------------------------------
+
+
+def attempt(store: Store, data: bytes = DATA) -> Writer:
+    writer = Writer(store, ARTIFACT)
+    writer.write("data.bin", [data])
+    return writer
+
+
+def test_the_first_record_stays_and_a_late_attempt_takes_its_files_away(store: Store) -> None:
+    early, late = attempt(store), attempt(store)
+    made = early.commit(META)
+    before = {key: store.get(key) for key in store.list() if late.token not in key}
+    assert late.commit({"from": "the late one"}) == made
+    assert {key: store.get(key) for key in store.list()} == before
+    assert read_record(store, ARTIFACT) == made
+
+
+def test_a_zombies_files_do_not_touch_what_is_committed(store: Store) -> None:
+    made = attempt(store).commit(META)
+    attempt(store, b"of another attempt, torn")
+    assert read_file(store, ARTIFACT, "data.bin", made) == DATA
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"body"', b"{}"])
+def test_a_torn_record_makes_room(store: Store, damage: bytes) -> None:
+    attempt(store).commit(META)
+    store.put(record_key(), damage)
+    late = attempt(store)
+    made = late.commit(META)
+    assert made.files["data.bin"].token == late.token
+    assert read_record(store, ARTIFACT) == made
+
+
+def test_a_record_whose_data_is_gone_makes_room(store: Store) -> None:
+    early = attempt(store)
+    early.commit(META)
+    early.drop()
+    late = attempt(store)
+    assert late.commit(META).files["data.bin"].token == late.token
+
+
+def test_what_was_redone_elsewhere_is_found_behind_a_remembered_record(store: Store) -> None:
+    attempt(store).commit(META)
+    assert read_file(store, ARTIFACT, "data.bin") == DATA
+    elsewhere = Store(store.url)
+    for key in elsewhere.list(ARTIFACT.path):
+        elsewhere.delete(key)
+    # Another process, which remembers nothing, so nothing here is told to forget.
+    other = attempt(elsewhere)
+    body = {"key": ARTIFACT.key, "files": {n: list(f) for n, f in other.files.items()}, "meta": {}}
+    elsewhere.put(record_key(), json.dumps({"body": body, "checksum": digest(body)}).encode())
+    assert read_file(store, ARTIFACT, "data.bin") == DATA
+
+
+def test_a_record_is_read_once_for_many_files(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempt(store).commit(META)
+    read: list[str] = []
+    get = Store.get
+    monkeypatch.setattr(Store, "get", lambda self, key: (read.append(key), get(self, key))[1])
+    for _ in range(3):
+        read_file(store, ARTIFACT, "data.bin")
+    assert sum(key.endswith(RECORD) for key in read) == 0
+
+
+def test_a_write_that_fails_takes_its_attempt_away(store: Store) -> None:
+    writer = attempt(store)
+
+    def breaks() -> Iterator[bytes]:
+        yield b"half"
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        writer.write("more.bin", breaks)
+    assert store.list() == {}
+
+
+def test_a_lost_lease_lets_nothing_be_committed_or_discarded(store: Store) -> None:
+    made = attempt(store).commit(META)
+
+    def fence() -> None:
+        raise LeaseLostError("another driver has taken over")
+
+    late = Store(store.url)
+    late.check_fence = fence
+    with pytest.raises(LeaseLostError):
+        discard(late, ARTIFACT)
+    other = Artifact("block", "b009", "e" * 64)
+    with pytest.raises(LeaseLostError):
+        commit(late, other)
+    assert set(committed(store, ["block"])) == {ARTIFACT.path}
+    assert read_file(store, ARTIFACT, "data.bin", made) == DATA
+
+
+@pytest.mark.parametrize(
+    ("name", "token"),
+    [
+        ("data.bin", "../../secrets0000"),
+        ("data.bin", "/etc"),
+        ("data.bin", r"..\..\x"),
+        ("data.bin", ""),
+        ("../../../passwd", "0" * 16),
+        ("/etc/passwd", "0" * 16),
+        (r"a\b", "0" * 16),
+        ("", "0" * 16),
+    ],
+)
+def test_a_record_that_points_out_of_its_folder_is_damaged(store: Store, name: str, token: str) -> None:
+    body = {"key": ARTIFACT.key, "files": {name: [9, "0" * 64, token]}, "meta": {}}
+    store.put(record_key(), json.dumps({"body": body, "checksum": digest(body)}).encode())
+    with pytest.raises(CorruptArtifactError, match="which no run writes"):
+        read_file(store, ARTIFACT, name)
+
+
+@pytest.mark.parametrize("path", ["../../x-" + "0" * 16, "/etc/x-" + "0" * 16, r"a\b/c-" + "0" * 16, "block/b", ""])
+def test_paths_that_no_artifact_has_are_refused(path: str) -> None:
+    with pytest.raises(ValueError, match="not the path of an artifact"):
+        Artifact.parse(path)
+    assert Artifact.parse(ARTIFACT.path).path == ARTIFACT.path
+
+
+# --- garbage ---------------------------------------------------------------------------------------------------------
+
+
+def test_garbage_is_what_no_record_names(store: Store) -> None:
+    attempt(store).commit(META)
+    kept = store.list()
+    attempt(store)
+    other = Writer(store, Artifact("block", "b010", "f" * 64))
+    other.write("data.bin", [DATA])
+    store.put("elsewhere/b011-0000000000000000/x/data.bin", DATA)
+    assert collect_garbage(store, ["block"]) == 2 * len(DATA)
+    assert set(store.list()) == {*kept, "elsewhere/b011-0000000000000000/x/data.bin"}
+    assert collect_garbage(store, ["block"]) == 0
+
+
+def test_garbage_beside_a_torn_record_waits_until_that_is_told(store: Store) -> None:
+    attempt(store).commit(META)
+    attempt(store)
+    store.put(record_key(), b"torn")
+    assert collect_garbage(store, ["block"]) == 0
+    with pytest.raises(CorruptArtifactError):
+        read_record(store, ARTIFACT)
 
 
 # --- content addresses -----------------------------------------------------------------------------------------------

@@ -7,11 +7,13 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+from pipeline import faults
 from pipeline.errors import UserError
 from pipeline.store import StorageFullError, Store, iter_pieces, open_store
 
@@ -44,7 +46,7 @@ def test_what_was_put_is_got(store: Store) -> None:
 
 
 def test_pieces_become_one_object(store: Store) -> None:
-    store.put("a", (piece for piece in (b"one", memoryview(b"two"), b"", b"three")))
+    store.put("a", lambda: (piece for piece in (b"one", memoryview(b"two"), b"", b"three")))
     assert store.get("a") == b"onetwothree"
 
 
@@ -108,6 +110,28 @@ def test_unsafe_keys_are_refused(store: Store, key: str) -> None:
     with pytest.raises(ValueError, match="unsafe storage key"):
         store.put(key, b"x")
     assert store.list() == {}
+
+
+def test_create_never_replaces(store: Store) -> None:
+    assert store.create("folder/a", b"first")
+    assert not store.create("folder/a", b"second")
+    assert not another_process(store).create("folder/a", b"third")
+    assert store.get("folder/a") == b"first"
+    assert store.create("folder/a", b"first"), "a try whose answer was lost is repeated"
+    store.delete("folder/a")
+    assert store.create("folder/a", b"second")
+
+
+def test_of_many_that_create_at_once_one_wins(store: Store) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda n: store.create("a", b"%d" % n), range(16)))
+    assert store.get("a") == b"%d" % won.index(True)
+    assert won.count(True) == 1
+
+
+def test_create_refuses_unsafe_keys(store: Store) -> None:
+    with pytest.raises(ValueError, match="unsafe storage key"):
+        store.create("../a", b"x")
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
@@ -212,7 +236,7 @@ def test_producer_that_fails_never_publishes_a_whole_object(store: Store, old: b
     if old is not None:
         store.put("a", old)
     with pytest.raises(ProducerError):
-        store.put("a", failing([b"half "]))
+        store.put("a", lambda: failing([b"half "]))
     assert left_behind(store, "a") == (old if store.url.startswith("s3://") else b"half ")
     store.put("a", b"whole")
     assert store.get("a") == b"whole"
@@ -226,7 +250,7 @@ def test_failed_multipart_upload_is_given_up(s3_url: str, old: bytes | None) -> 
     if old is not None:
         store.put("a", old)
     with pytest.raises(ProducerError):
-        store.put("a", failing([bytes(3 << 20)] * 5))
+        store.put("a", lambda: failing([bytes(3 << 20)] * 5))
     assert left_behind(store, "a") == old
     uploads = store.fs.call_s3("list_multipart_uploads", Bucket=store.root.split("/")[0])
     assert uploads.get("Uploads", []) == []
@@ -259,7 +283,7 @@ def test_full_disk_is_named(full_disk: Path) -> None:
     store = open_store(str(full_disk / "run"))
     store.put("small", bytes(1000))
     with pytest.raises(StorageFullError, match=r"no room left at .*run while writing big") as caught:
-        store.put("big", iter_pieces(memoryview(bytes(2 << 20)), 1 << 16))
+        store.put("big", lambda: iter_pieces(memoryview(bytes(2 << 20)), 1 << 16))
     assert caught.value.errno == errno.ENOSPC
     assert store.get("small") == bytes(1000)
     with pytest.raises(UserError, match="no space left on the device; free some"):
@@ -286,7 +310,8 @@ def test_missing_bucket_is_a_user_error(s3: str) -> None:
 
 
 @pytest.mark.s3
-def test_unreachable_server_is_a_user_error(s3: str) -> None:
+def test_unreachable_server_is_a_user_error(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "FIRST_DELAY", 0.0)
     # Port 1 is not listened on; without this setting s3fs asks again for half a minute.
     options = {"endpoint_url": "http://127.0.0.1:1", "config_kwargs": {"retries": {"max_attempts": 0}}}
     store = open_store(f"{s3}/run", options)
@@ -307,7 +332,11 @@ def test_protocol_without_its_package_is_a_user_error(monkeypatch: pytest.Monkey
 
 
 def test_options_are_not_shown() -> None:
-    assert "hunter2" not in repr(open_store("memory://x", {"secret": "hunter2"}))
+    store = open_store(
+        "memory://x", {"secret": "hunter2", "client_kwargs": {"aws": "nested", "endpoint_url": "http://h"}}
+    )
+    assert "hunter2" not in repr(store)
+    assert store.clean("key hunter2 of nested at http://h") == "key *** of *** at http://h"
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------
