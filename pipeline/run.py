@@ -20,12 +20,13 @@ from cluster.ray_group import RayGroup
 from cluster.session import default_workers, ray_session
 from cluster.units import ClusterError
 from pipeline.config import RunConfig
-from pipeline.driver import Driver
+from pipeline.driver import Driver, GaveUpError, StoppedError
 from pipeline.errors import UserError
 from pipeline.graph import Graph, Inputs, build_graph
 from pipeline.identity import package_version
 from pipeline.merge import checkpoint_layout, plan_shards, quantized_linears, shard_file, withdraw
 from pipeline.prepare import Prepared
+from pipeline.quarantine import follow_decisions, give_up
 from pipeline.reporter import Reporter
 from pipeline.store import Store
 from pipeline.worker import Context, make_handler
@@ -90,8 +91,8 @@ def shard_plan(prepared: Prepared) -> list[tuple[str, tuple[str, ...], tuple[int
     ]
 
 
-def graph_of(prepared: Prepared, blocks: list[str], outer: str) -> Graph:
-    """The run's units, now that the weights are known."""
+def graph_of(prepared: Prepared, blocks: list[str], outer: str, quarantined: dict[int, str]) -> Graph:
+    """The run's units, now that the weights and the quarantined blocks are known."""
     config = prepared.config
     compute = (
         prepared.resolved
@@ -112,6 +113,7 @@ def graph_of(prepared: Prepared, blocks: list[str], outer: str) -> Graph:
             model_config_digest=hashlib.sha256(prepared.source.side_files["config.json"]).hexdigest(),
             compute=compute,
             shards=shard_plan(prepared),
+            quarantined=quarantined,
         )
     )
 
@@ -134,18 +136,41 @@ def run_to_goals(
     workers: Workers = ray_workers,
     should_stop: Callable[[], bool] = lambda: False,
     restrict: Callable[[Graph, Driver], None] = lambda graph, driver: None,
+    *,
+    strict: bool = False,
 ) -> Finished:
-    """Run every unit that is needed. Raises UserError or StoppedError; what was committed stays."""
+    """Run every unit that is needed. Raises UserError or StoppedError; what was committed stays.
+
+    A block whose training fails for good is quarantined, and a new plan goes on without; `strict` stops there instead.
+    """
     began = time.monotonic()
     with ExitStack() as stack:
         start = partial(stack.enter_context, workers(prepared.config, prepared.context, report))
         driver = Driver(prepared, start, report, should_stop)
-        graph = graph_of(prepared, *driver.inspect())
+        blocks, outer = driver.inspect()
         inspected = time.monotonic()
-        write_plan(prepared.store, graph)
-        restrict(graph, driver)
-        if any(n.stage == "merge" for n in driver.needed(graph)):
-            withdraw(prepared.checkpoint)
-        before = driver.complete(graph)
+        graph, before = _complete(driver, blocks, outer, restrict, strict=strict)
     seconds = {"start_and_inspect": inspected - began, "units": time.monotonic() - inspected}
     return Finished(prepared, graph, seconds, driver.peaks, driver.units_run, before)
+
+
+def _complete(
+    driver: Driver, blocks: list[str], outer: str, restrict: Callable[[Graph, Driver], None], *, strict: bool
+) -> tuple[Graph, int]:
+    """Plan and run, again whenever a block is quarantined. Returns the last plan, and how many of the first one's units were done."""
+    prepared, report = driver.prepared, driver.report
+    before: int | None = None
+    for decisions in follow_decisions(prepared.store, report, len(blocks), strict=strict):
+        graph = graph_of(prepared, blocks, outer, decisions)
+        write_plan(prepared.store, graph)
+        restrict(graph, driver)
+        needed = driver.needed(graph)
+        if any(n.stage == "merge" for n in needed):
+            withdraw(prepared.checkpoint)
+        before = len(graph.nodes) - len(needed) if before is None else before
+        try:
+            driver.complete(graph)
+            return graph, before
+        except GaveUpError as error:
+            give_up(prepared.store, error, strict=strict)
+    raise StoppedError("what was decided on failed blocks cannot be read back; check the storage.", interrupted=False)
