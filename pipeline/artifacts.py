@@ -45,6 +45,13 @@ class Artifact:
         return f"{self.kind}/{self.name}-{self.key[:16]}"
 
 
+def artifact_of(path: str) -> Artifact:
+    """An artifact from its path; the key is shortened as the path has it."""
+    kind, _, rest = path.partition("/")
+    name, _, key = rest.rpartition("-")
+    return Artifact(kind, name, key)
+
+
 @dataclass(frozen=True)
 class Record:
     """What was committed: `files` maps a file's name to (bytes, sha256); `meta` is JSON for people and reports."""

@@ -10,7 +10,7 @@ from cluster.group import WorkerGroup
 from cluster.loop import Outcome, run_units
 from cluster.scheduler import Event, Instruction, UnitDone
 from cluster.units import Unit
-from pipeline.artifacts import Artifact, committed, digest, discard, intact, read_record
+from pipeline.artifacts import Artifact, artifact_of, committed, digest, discard, intact, read_record
 from pipeline.errors import UserError
 from pipeline.graph import TRANSIENT, Graph, Node
 from pipeline.identity import claim_model
@@ -181,15 +181,16 @@ def stopped(outcome: Outcome, nodes: list[Node]) -> StoppedError:
     return StoppedError(outcome.reason, interrupted=outcome.status == "interrupted")
 
 
-def sweep_partials(store: Store, graph: Graph, left: set[str]) -> None:
-    """Remove the commits within units that are done or that no plan has any more."""
+def sweep(store: Store, graph: Graph, left: set[str], kinds: tuple[str, ...]) -> None:
+    """Remove what no unit of the plan makes or goes on from: of plans before a quarantine, and commits within done units."""
     if not any(node.stage == "optimize" for node in graph.nodes):
-        return
+        return  # the plan of the inspection knows of nothing
     tasks = [node.task for node in graph.nodes if node.name in left]
-    wanted = {(unit_name(t.block, t.epoch), t.key[:16]) for t in tasks if isinstance(t, TrainTask)}
-    for folder in {"/".join(key.split("/")[:2]) for key in store.list(PARTIAL)}:
-        if partial_owner(folder) not in wanted:
-            store.delete_all(folder)
+    going_on = {(unit_name(t.block, t.epoch), t.key[:16]) for t in tasks if isinstance(t, TrainTask)}
+    makers = graph.producers()
+    for path in committed(store, kinds):
+        if path not in makers and not (path.startswith(f"{PARTIAL}/") and partial_owner(path) in going_on):
+            discard(store, artifact_of(path))
 
 
 class Tidy:
@@ -201,8 +202,8 @@ class Tidy:
         left = {node.name for node in needed}
         self.readers = {path: names & left for path, names in graph.readers().items()}
         self.reads = {node.name: [a for a in node.reads if a.kind in TRANSIENT] for node in needed}
-        sweep_partials(driver.store, graph, left)
         makers = graph.producers()
+        sweep(driver.store, graph, left, TRANSIENT if self.enabled else (PARTIAL,))
         listed = committed(driver.store, TRANSIENT) if self.enabled else {}
         for path in listed:
             if path not in makers:

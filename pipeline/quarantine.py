@@ -47,12 +47,10 @@ def give_up(store: Store, error: GaveUpError, *, strict: bool) -> None:
     Writer(store, decision(error.node.block)).commit(meta)
 
 
-def forget(store: Store) -> list[int]:
-    """Remove every decision, so that the blocks are tried again. Returns the blocks."""
-    blocks = decided(store)
-    for block in blocks:
+def forget(store: Store) -> None:
+    """Remove every decision, so that the blocks are tried again."""
+    for block in decided(store):
         discard(store, decision(block))
-    return blocks
 
 
 def blocks_words(blocks: list[int]) -> str:
@@ -62,11 +60,17 @@ def blocks_words(blocks: list[int]) -> str:
 
 def refused(flagged: dict[int, str]) -> StoppedError:
     """What --strict says to flagged blocks, each with its reason."""
-    last = list(flagged.values())[-1].rstrip(".")
+    each = "; ".join(f"block {block}: {reason.rstrip('.')}" for block, reason in sorted(flagged.items()))
     return StoppedError(
-        f"{blocks_words(list(flagged))} failed for good, and --strict takes no such block ({last}); all else is kept.",
+        f"--strict takes no flagged block, and {blocks_words(list(flagged))} would be flagged ({each}). All else is committed.",
         interrupted=False,
     )
+
+
+def refuse_flagged(flagged: dict[int, str]) -> None:
+    """Raises StoppedError if there are any."""
+    if flagged:
+        raise refused(flagged)
 
 
 def follow_decisions(store: Store, report: Reporter, blocks: int, *, strict: bool) -> Iterator[dict[int, str]]:
@@ -77,8 +81,8 @@ def follow_decisions(store: Store, report: Reporter, blocks: int, *, strict: boo
     said: set[int] = set()
     for _ in range(blocks + 1):
         decisions = read_decisions(store, report)
-        if strict and decisions:
-            raise refused(decisions)
+        if strict:
+            refuse_flagged(decisions)
         for block in decisions.keys() - said:
             report.message(f"block {block} is quantized without data: {decisions[block]}")
         said |= decisions.keys()

@@ -26,9 +26,10 @@ from pipeline.graph import Graph, Inputs, build_graph
 from pipeline.identity import package_version
 from pipeline.merge import checkpoint_layout, plan_shards, quantized_linears, shard_file, withdraw
 from pipeline.prepare import Prepared
-from pipeline.quarantine import follow_decisions, give_up
-from pipeline.reporter import Reporter
+from pipeline.quarantine import follow_decisions, forget, give_up
+from pipeline.reporter import Reporter, Together
 from pipeline.store import Store
+from pipeline.watch import watching
 from pipeline.worker import Context, make_handler
 
 PLAN_FILE = "plan.json"
@@ -44,6 +45,8 @@ class Finished:
     peak_rss_mib: dict[str, float] = field(default_factory=dict)
     units_run: int = 0
     units_committed_before: int = 0
+    # Who did each unit and when, by name, as in `watch.FIELDS`; units of drivers that were killed may be missing.
+    units: dict[str, list[Any]] = field(default_factory=dict)
 
 
 @contextmanager
@@ -138,20 +141,24 @@ def run_to_goals(
     restrict: Callable[[Graph, Driver], None] = lambda graph, driver: None,
     *,
     strict: bool = False,
+    retry_quarantined: bool = False,
 ) -> Finished:
     """Run every unit that is needed. Raises UserError or StoppedError; what was committed stays.
 
-    A block whose training fails for good is quarantined, and a new plan goes on without; `strict` stops there instead.
+    A block whose training fails for good is quarantined, and a new plan goes on without; `strict` stops there instead,
+    `retry_quarantined` first forgets the blocks that were.
     """
     began = time.monotonic()
-    with ExitStack() as stack:
+    with watching(prepared.store) as watch, ExitStack() as stack:
         start = partial(stack.enter_context, workers(prepared.config, prepared.context, report))
-        driver = Driver(prepared, start, report, should_stop)
+        driver = Driver(prepared, start, Together(report, watch), watch.between(should_stop))
         blocks, outer = driver.inspect()
         inspected = time.monotonic()
+        if retry_quarantined:
+            forget(prepared.store)
         graph, before = _complete(driver, blocks, outer, restrict, strict=strict)
     seconds = {"start_and_inspect": inspected - began, "units": time.monotonic() - inspected}
-    return Finished(prepared, graph, seconds, driver.peaks, driver.units_run, before)
+    return Finished(prepared, graph, seconds, driver.peaks, driver.units_run, before, watch.units)
 
 
 def _complete(

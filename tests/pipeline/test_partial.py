@@ -43,10 +43,6 @@ def undisturbed(config: Callable[..., RunConfig]) -> Finished:
     return run(config())[0]
 
 
-class AtUnit(Exception):
-    """The driver stops short of a unit: all that the unit reads is committed."""
-
-
 def stopped_before(config: RunConfig, unit: str) -> tuple[Graph, Store, Callable[[ShouldYield], Worker]]:
     """A run of everything but one training unit and what depends on it, and workers for that one."""
     prepared = prepare(config, Silent())
