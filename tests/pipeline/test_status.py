@@ -1,6 +1,7 @@
 """`lsi status`: what a run leaves in storage, and what a person or a program is told of it."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,17 +34,23 @@ def finished(model: Path, short_text: Path, tmp_path_factory: pytest.TempPathFac
     return run(tiny_config(model, short_text, tmp_path_factory.mktemp("done") / "run"))[0]
 
 
-@pytest.fixture
-def stopped(model: Path, short_text: Path, tmp_path: Path) -> Store:
+@pytest.fixture(scope="module")
+def stopped_run(model: Path, short_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was stopped in its training."""
-    report = Silent()
+    report, folder = Silent(), tmp_path_factory.mktemp("stopped") / "run"
 
     def in_training() -> bool:
         return any(unit.startswith("optimize/") for unit in report.units)
 
     with pytest.raises(StoppedError):
-        run(tiny_config(model, short_text, tmp_path / "run"), report, should_stop=in_training)
-    return open_store(str(tmp_path / "run"))
+        run(tiny_config(model, short_text, folder), report, should_stop=in_training)
+    return folder
+
+
+@pytest.fixture
+def stopped(stopped_run: Path, tmp_path: Path) -> Store:
+    """A copy of it."""
+    return open_store(str(shutil.copytree(stopped_run, tmp_path / "run")))
 
 
 def edit(store: Store, **changes: Any) -> None:
@@ -151,7 +158,8 @@ def test_before_there_is_a_plan(model: Path, short_text: Path, tmp_path: Path) -
         run(tiny_config(model, short_text, tmp_path / "run"), should_stop=lambda: True)
     found = read_status(open_store(str(tmp_path / "run")))
     assert found["state"] == "weights not inspected yet"
-    assert found["stages"]["inspect"]["left"] == 3
+    pace = {name: found["stages"]["inspect"][name] for name in ("running", "per_minute", "seconds_left")}
+    assert found["stages"]["inspect"] == {"total": 3, "left": 2} | pace
     assert status_lines(found)
 
 
@@ -172,7 +180,7 @@ def test_a_terminal_shows_the_same_in_tables(stopped: Store) -> None:
         "2 of 4",
         "about 80 s",
         "worker-0",
-        "blocks done: 0 of 2",
+        "blocks done: 1 of 2",
     ):
         assert piece in shown
 
