@@ -133,6 +133,7 @@ class Watch:
 def watching(store: Store) -> Iterator[Watch]:
     """A watch that says at the end how the driver ended."""
     watch = Watch(store)
+    watch.write(None)
     try:
         yield watch
     except BaseException as error:
