@@ -104,13 +104,16 @@ def quantize(
 
     Runs on a directory with commits go on from there: give the same command again after anything that stopped it.
 
-    A block whose training meets a number that is not finite keeps its best state if that is better than round-to-nearest, and
-    becomes round-to-nearest if not. A block whose training fails for good (all attempts, or worker after worker lost) becomes
-    round-to-nearest and is not trained again until --retry-quarantined. Such blocks are flagged in the manifest, the model
+    A block whose training meets a number that is not finite keeps its best
+    state if that is better than round-to-nearest, and becomes round-to-nearest
+    if not. A block whose training fails for good (all attempts, or worker after
+    worker lost) becomes round-to-nearest and stays so until
+    --retry-quarantined. Such blocks are flagged in the manifest, the model
     card, result.json and by exit code 3.
 
-    Exit codes: 0 finished; 3 finished with flagged blocks; 130 interrupted, resumable; 1 failed, resumable; 2 refused (bad
-    input, such as weights that are not finite).
+    Exit codes: 0 finished; 3 finished with flagged blocks; 130 interrupted,
+    resumable; 1 failed, resumable; 2 refused (bad input, such as weights that
+    are not finite).
     """
     from pipeline.config import load_config
 
@@ -266,8 +269,11 @@ def show_status(read: Callable[[], dict[str, Any]], as_json: bool, every: float 
                 return
             time.sleep(every)
             found = read()
+    if every is None:
+        Console().print(status_view(found), highlight=False)
+        return
     with Live(status_view(found), auto_refresh=False) as live:
-        while every is not None and found["state"] != "finished":
+        while found["state"] != "finished":
             time.sleep(every)
             found = read()
             live.update(status_view(found), refresh=True)

@@ -167,7 +167,7 @@ class Driver:
 
     def _note(self, result: dict[str, Any]) -> None:
         self.units_run += 1
-        for note in result["notes"]:
+        for note in result.get("notes", ()):
             self.report.message(note)
         name = result["worker"]
         self.peaks[name] = max(self.peaks.get(name, 0.0), result["peak_rss_mib"])

@@ -12,7 +12,7 @@ from rich.text import Text
 
 FAILURES = 5
 Rows = list[tuple[str, ...]]
-STAGE_HEADER = ("stage", "done", "running", "left", "a minute", "time left")
+STAGE_HEADER = ("stage", "done", "left", "running", "a minute", "time left")
 WORKER_HEADER = ("worker", "host", "runs", "for")
 
 
@@ -55,23 +55,29 @@ def driven(found: dict[str, Any]) -> bool:
 
 
 def stage_rows(found: dict[str, Any]) -> Rows:
-    """A row a stage; rates and times only while somebody drives."""
-    rows: Rows = []
+    """A header and a row a stage; rates and times only while somebody drives."""
+    rows: Rows = [STAGE_HEADER if driven(found) else STAGE_HEADER[:3]] if found["stages"] else []
     for stage, count in found["stages"].items():
-        pace = ("", "", "")
-        if driven(found) and count["left"]:
-            left = duration(count["seconds_left"])
-            rate = "" if count["per_minute"] is None else f"{count['per_minute']:.1f}"
-            pace = (str(count["running"] or ""), rate, f"about {left}" if left else "")
-        done = f"{count['total'] - count['left']} of {count['total']}"
-        rows.append((stage, done, pace[0], str(count["left"] or ""), *pace[1:]))
+        row = (stage, f"{count['total'] - count['left']} of {count['total']}", str(count["left"] or ""))
+        rows.append(row + _pace(count) if driven(found) else row)
     return rows
+
+
+def _pace(count: dict[str, Any]) -> tuple[str, ...]:
+    if not count["left"]:
+        return ("", "", "")
+    rate = "" if count["per_minute"] is None else f"{count['per_minute']:.1f}"
+    left = duration(count["seconds_left"])
+    return (str(count["running"] or ""), rate, f"about {left}" if left else "")
 
 
 def worker_rows(found: dict[str, Any]) -> Rows:
     now = time.time()
     workers = found["workers"] if driven(found) else []
-    return [(w["name"], w["host"] or "", w["unit"] or "(idle)", duration(max(0.0, now - w["since"]))) for w in workers]
+    header: Rows = [WORKER_HEADER] if workers else []
+    return header + [
+        (w["name"], w["host"] or "", w["unit"] or "(idle)", duration(max(0.0, now - w["since"]))) for w in workers
+    ]
 
 
 def notes(found: dict[str, Any]) -> Iterable[tuple[str, str]]:
@@ -94,8 +100,8 @@ def notes(found: dict[str, Any]) -> Iterable[tuple[str, str]]:
 def status_lines(found: dict[str, Any]) -> list[str]:
     """Plain lines."""
     lines = [headline(found), f"  {driver_line(found)}"]
-    for header, rows in ((STAGE_HEADER, stage_rows(found)), (WORKER_HEADER, worker_rows(found))):
-        lines += _columns([header, *rows]) if rows else []
+    for rows in (stage_rows(found), worker_rows(found)):
+        lines += _columns(rows) if rows else []
     return lines + [f"  {text}" for text, _ in notes(found)]
 
 
@@ -109,16 +115,16 @@ def status_view(found: dict[str, Any]) -> RenderableType:
     style = "green" if found["state"] == "finished" and not found["flagged_blocks"] else "yellow"
     parts: list[RenderableType] = [Text(headline(found), style=f"bold {style}"), Text(driver_line(found))]
     if rows := stage_rows(found):
-        parts.append(_table(STAGE_HEADER, rows, numbers=True))
+        parts.append(_table(rows, numbers=True))
     if rows := worker_rows(found):
-        parts.append(_table(WORKER_HEADER, rows, numbers=False))
+        parts.append(_table(rows, numbers=False))
     return Group(*parts, *(Text(text, style=style) for text, style in notes(found)))
 
 
-def _table(header: tuple[str, ...], rows: Rows, *, numbers: bool) -> Table:
+def _table(rows: Rows, *, numbers: bool) -> Table:
     table = Table(header_style="bold")
-    for index, name in enumerate(header):
+    for index, name in enumerate(rows[0]):
         table.add_column(name, justify="right" if numbers and index else "left")
-    for row in rows:
+    for row in rows[1:]:
         table.add_row(*row)
     return table
