@@ -26,11 +26,13 @@ _ROUND = 0.2  # seconds between two looks at `should_stop`
 
 @dataclass(frozen=True)
 class Outcome:
-    """`results` holds those of the units that were done, whatever the status."""
+    """`results` holds those of the units that were done, whatever the status; `unit` and `failures` as in `End`."""
 
     status: Status
     reason: str
     results: dict[str, dict]
+    unit: str | None = None
+    failures: int = 0
 
 
 def ignore(event: Event | Instruction) -> None:
@@ -114,7 +116,7 @@ def run_units(
                 ripe.append(event)
         for event in ripe:
             if end := run.feed(event):
-                return Outcome(end.status, end.reason, run.results)
+                return Outcome(end.status, end.reason, run.results, end.unit, end.failures)
         arrived = group.poll(held.timeout())
 
 

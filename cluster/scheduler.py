@@ -64,10 +64,15 @@ class Assign:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """Nothing runs any more and nothing will be handed out."""
+    """Nothing runs any more and nothing will be handed out.
+
+    `unit` is the one that failed for good, after all its attempts or losses: those `failures`. None if no single unit did.
+    """
 
     status: Status
     reason: str
+    unit: str | None = field(default=None, compare=False)
+    failures: int = field(default=0, compare=False)
 
 
 Event = WorkerJoined | WorkerLost | UnitDone | UnitFailed | StopRequested
@@ -165,7 +170,7 @@ class Scheduler:
             place = self._running.pop(worker)
             self._losses[place] += 1
             message = f"lost its worker {self._losses[place]} times; the last time: {worker}: {reason}"
-            self._again_or_fail(place, self._losses[place] < self._max_losses, message)
+            self._again_or_fail(place, self._losses[place], self._max_losses, message)
 
     def _finish(self, worker: str) -> None:
         place = self._free(worker)
@@ -186,19 +191,19 @@ class Scheduler:
     def _try_again(self, place: int, message: str) -> None:
         self._attempts[place] += 1
         attempts = self._attempts[place]
-        self._again_or_fail(place, attempts < self._max_attempts, f"failed {attempts} times; the last time: {message}")
+        self._again_or_fail(place, attempts, self._max_attempts, f"failed {attempts} times; the last time: {message}")
 
-    def _again_or_fail(self, place: int, again: bool, message: str) -> None:
-        if again:
+    def _again_or_fail(self, place: int, failures: int, most: int, message: str) -> None:
+        if failures < most:
             self._make_ready(place)
             return
         self._move(place, State.FAILED)
-        self._start_drain("failed", f"Unit {self._units[place].name} {message}")
+        name = self._units[place].name
+        self._drain = self._drain or End("failed", f"Unit {name} {message}", name, failures)
 
     def _start_drain(self, status: Status, reason: str) -> None:
         # The first reason stands: what fails while the rest winds up is often its consequence.
-        if self._drain is None:
-            self._drain = End(status, reason)
+        self._drain = self._drain or End(status, reason)
 
     def _free(self, worker: str) -> int:
         self._placement.add_worker(worker)

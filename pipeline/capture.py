@@ -34,7 +34,7 @@ class EmbedTask:
         hidden = worker.surroundings().embed(tokens.long().to(worker.device))
         writer = Writer(worker.store, self.out)
         write_chunk(writer, CHUNK_FILE, hidden)
-        writer.commit({})
+        writer.commit({"stamp": worker.stamp()})
         return {}
 
 
@@ -52,5 +52,5 @@ class CaptureTask:
         output = run_block(worker.block(self.block), hidden, worker.arguments(self.block, hidden.shape[1]))
         writer = Writer(worker.store, self.out)
         write_chunk(writer, CHUNK_FILE, output)
-        writer.commit({})
+        writer.commit({"stamp": worker.stamp()})
         return {}

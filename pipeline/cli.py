@@ -7,16 +7,22 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:  # the commands import late: `lsi --help` need not wait for torch
+    from pipeline.config import RunConfig
+    from pipeline.reporter import Reporter
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,6 +41,12 @@ SetOption = Annotated[
 ]
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="A run directory: what storage.run named. Any fsspec URL.")
+]
+LogOption = Annotated[
+    str | None,
+    typer.Option(
+        "--log", metavar="FILE", help="Add one JSON line an event to a local file (see pipeline/progress.py)."
+    ),
 ]
 
 
@@ -77,18 +89,38 @@ def stop_on_signals(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
 
 
 @app.command()
-def quantize(config: ConfigArgument, overrides: SetOption = None) -> None:
+def quantize(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="End with 1, and no checkpoint, where a block would be flagged.")
+    ] = False,
+    retry_quarantined: Annotated[
+        bool, typer.Option("--retry-quarantined", help="Train the quarantined blocks of this run once more.")
+    ] = False,
+    log: LogOption = None,
+) -> None:
     """Calibrate, quantize, evaluate and merge.
 
     Runs on a directory with commits go on from there: give the same command again after anything that stopped it.
 
-    Exit codes: 0 finished; 1 failed, resumable; 2 refused (bad input); 3 finished, but some block met non-finite losses;
-    130 interrupted, resumable.
+    A block whose training meets a number that is not finite keeps its best
+    state if that is better than round-to-nearest, and becomes round-to-nearest
+    if not. A block whose training fails for good (all attempts, or worker after
+    worker lost) becomes round-to-nearest and stays so until
+    --retry-quarantined. Such blocks are flagged in the manifest, the model
+    card, result.json and by exit code 3.
+
+    Exit codes: 0 finished; 3 finished with flagged blocks; 130 interrupted,
+    resumable; 1 failed, resumable; 2 refused (bad input, such as weights that
+    are not finite).
     """
     from pipeline.config import load_config
 
-    again = shlex.join(["lsi", "quantize", config, *(part for o in overrides or [] for part in ("--set", o))])
-    run_command(lambda: load_config(config, overrides or []), again, merge_only=False)
+    again = ["lsi", "quantize", config, *(part for o in overrides or [] for part in ("--set", o))]
+    again += ["--strict"] * strict + (["--log", log] if log else [])
+    how = {"strict": strict, "retry_quarantined": retry_quarantined}
+    run_command(lambda: load_config(config, overrides or []), shlex.join(again), log, how)
 
 
 @app.command()
@@ -103,14 +135,14 @@ def merge(
     from pipeline.identity import recorded_config
     from pipeline.store import open_store
 
-    def load() -> Any:
+    def load() -> RunConfig:
         options = parse_options(option or [])
         found = recorded_config(open_store(run, options), options)
         storage = found.storage.model_copy(update={"run": run})
         outputs = found.outputs.model_copy(update={"checkpoint": checkpoint or found.outputs.checkpoint})
         return found.model_copy(update={"storage": storage, "outputs": outputs})
 
-    run_command(load, shlex.join(["lsi", "merge", run]), merge_only=True)
+    run_command(load, shlex.join(["lsi", "merge", run]), None, {}, merge_only=True)
 
 
 def parse_options(texts: list[str]) -> dict[str, Any]:
@@ -120,41 +152,50 @@ def parse_options(texts: list[str]) -> dict[str, Any]:
     return apply_overrides({}, texts)
 
 
-def run_command(load: Callable[[], Any], again: str, *, merge_only: bool) -> None:
-    """Prepare, run, publish, and say how to go on whatever happens."""
+def run_command(
+    load: Callable[[], RunConfig], again: str, log: str | None, how: dict[str, bool], *, merge_only: bool = False
+) -> None:
+    """Prepare, run, publish, and say how to go on whatever happens; `how` goes to `run_to_goals`."""
     _quiet_libraries()
     from pipeline.driver import StoppedError
-    from pipeline.prepare import prepare
-    from pipeline.progress import make_reporter
-    from pipeline.report import publish_checkpoint, write_result
-    from pipeline.run import inline_workers, leased, ray_workers, run_to_goals
+    from pipeline.progress import reporting
 
     resume = f"To go on from what is committed: {again}"
-    with make_reporter() as reporter, stop_on_signals(reporter.message) as should_stop:
-        try:
-            prepared = prepare(load(), reporter)
-            workers, restrict = (
-                (inline_workers, only_merge) if merge_only else (ray_workers, lambda graph, driver: None)
-            )
-            with leased(prepared, reporter):
-                finished = run_to_goals(prepared, reporter, workers, should_stop, restrict)
-                publish_checkpoint(finished)
-                result = write_result(finished)
-        except UserError as error:
-            reporter.__exit__()
-            fail(str(error), REFUSED)
-        except StoppedError as error:
-            reporter.__exit__()
-            fail(f"{error} {resume}", INTERRUPTED if error.interrupted else FAILED)
-        except KeyboardInterrupt:
-            reporter.__exit__()
-            fail(f"stopped at once. {resume}", INTERRUPTED)
-        except Exception as error:  # storage and network raise what their clients raise
-            reporter.__exit__()
-            unexpected(error, resume)
+    try:
+        with reporting(log) as reporter, stop_on_signals(reporter.message) as should_stop:
+            result = run_and_publish(load(), reporter, should_stop, how, merge_only=merge_only)
+    except UserError as error:
+        fail(str(error), REFUSED)
+    except StoppedError as error:
+        fail(f"{error} {resume}", INTERRUPTED if error.interrupted else FAILED)
+    except KeyboardInterrupt:
+        fail(f"stopped at once. {resume}", INTERRUPTED)
+    except Exception as error:  # storage and network raise what their clients raise
+        unexpected(error, resume)
     show_result(result)
-    if result["flagged_blocks"]:
-        fail(f"blocks {result['flagged_blocks']} met non-finite losses and keep their best finite state", FLAGGED)
+    if result["flagged"]:
+        from pipeline.report import flag_line
+
+        fail("; ".join(flag_line(block) for block in result["flagged"]), FLAGGED)
+
+
+def run_and_publish(
+    config: RunConfig, reporter: Reporter, should_stop: Callable[[], bool], how: dict[str, bool], *, merge_only: bool
+) -> dict[str, Any]:
+    """The result. Raises UserError or StoppedError."""
+    from pipeline.prepare import prepare
+    from pipeline.quarantine import refuse_flagged
+    from pipeline.report import block_reports, flagged, publish_checkpoint, write_result
+    from pipeline.run import inline_workers, leased, ray_workers, run_to_goals
+
+    workers, restrict = (inline_workers, only_merge) if merge_only else (ray_workers, lambda graph, driver: None)
+    prepared = prepare(config, reporter)
+    with leased(prepared, reporter):
+        finished = run_to_goals(prepared, reporter, workers, should_stop, restrict, **how)
+        if how.get("strict"):
+            refuse_flagged({block["block"]: block["reason"] for block in flagged(block_reports(finished))})
+        publish_checkpoint(finished)
+        return write_result(finished)
 
 
 def only_merge(graph: Any, driver: Any) -> None:
@@ -193,22 +234,50 @@ def show_result(result: dict[str, Any]) -> None:
 def status(
     run: RunArgument,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    watch: Annotated[
+        float | None,
+        typer.Option("--watch", min=0.5, metavar="N", help="Look again every N seconds until it is finished."),
+    ] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="fsspec option of the storage.")
     ] = None,
 ) -> None:
-    """What a run has committed and what is left; reads storage only, from anywhere."""
+    """What a run has committed, what is left, who drives it and how fast; reads storage only, from anywhere."""
     _quiet_libraries()
-    from pipeline.status import read_status, status_lines
+    from pipeline.status import read_status
     from pipeline.store import open_store
 
     try:
-        found = read_status(open_store(run, parse_options(option or [])))
+        store = open_store(run, parse_options(option or []))
+        show_status(lambda: read_status(store), as_json, watch)
     except UserError as error:
         fail(str(error), REFUSED)
+    except KeyboardInterrupt:
+        raise typer.Exit(OK) from None
     except Exception as error:
         unexpected(error)
-    print(json.dumps(found) if as_json else "\n".join(status_lines(found)))
+
+
+def show_status(read: Callable[[], dict[str, Any]], as_json: bool, every: float | None) -> None:
+    """Once, or again and again until the run is finished."""
+    from pipeline.status_view import status_lines, status_view
+
+    found = read()
+    if as_json or not sys.stdout.isatty():
+        while True:
+            print(json.dumps(found) if as_json else "\n".join(status_lines(found)), flush=True)
+            if every is None or found["state"] == "finished":
+                return
+            time.sleep(every)
+            found = read()
+    if every is None:
+        Console().print(status_view(found), highlight=False)
+        return
+    with Live(status_view(found), auto_refresh=False) as live:
+        while found["state"] != "finished":
+            time.sleep(every)
+            found = read()
+            live.update(status_view(found), refresh=True)
 
 
 @app.command()

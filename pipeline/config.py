@@ -155,7 +155,12 @@ class ClusterConfig(Section):
     cpus_per_worker: float = Field(1, gt=0)
     gpus_per_worker: float = Field(0, ge=0)
     max_attempts: int = Field(
-        3, ge=1, description="failures of one unit before the run gives up; losing a worker is none"
+        3,
+        ge=1,
+        description="failures of one unit before its block is quantized without data, or the run gives up; losing a worker is none",
+    )
+    commit_every_seconds: float = Field(
+        120, ge=0, description="a training unit commits its state so often; 0: after every step"
     )
 
 

@@ -11,12 +11,17 @@ from cluster.loop import Outcome, run_units
 from cluster.scheduler import Event, Instruction, UnitDone
 from cluster.units import Unit
 from pipeline.artifacts import Artifact, committed, digest, discard, intact, read_record
+from pipeline.errors import UserError
 from pipeline.graph import TRANSIENT, Graph, Node
 from pipeline.identity import claim_model
 from pipeline.lease import LeaseLostError
 from pipeline.merge import shard_intact
+from pipeline.optimize import TrainTask
+from pipeline.partial import KIND as PARTIAL
+from pipeline.partial import partial_owner, unit_name
 from pipeline.prepare import Prepared, ensure_tokens
 from pipeline.reporter import Reporter
+from pipeline.store import Store
 from pipeline.weights import InspectTask, block_tensors
 
 # Healing one damaged artifact may uncover the next; storage that damages what is written would go on for ever.
@@ -30,6 +35,15 @@ class StoppedError(Exception):
     def __init__(self, reason: str, *, interrupted: bool) -> None:
         super().__init__(reason)
         self.interrupted = interrupted
+
+
+class GaveUpError(StoppedError):
+    """The unit of `node` that trains a block failed for good, after `failures` attempts or lost workers."""
+
+    def __init__(self, reason: str, node: Node, failures: int) -> None:
+        super().__init__(reason, interrupted=False)
+        self.node = node
+        self.failures = failures
 
 
 class Driver:
@@ -70,6 +84,10 @@ class Driver:
         graph = Graph(nodes, list(artifacts.values()))
         self.complete(graph)
         records = {part: read_record(self.store, artifact) for part, artifact in artifacts.items()}
+        if refused := [r.meta["refused"] for r in records.values() if r is not None and r.meta["refused"]]:
+            raise UserError(
+                f"{self.prepared.source.store.url}: {'; '.join(refused)}: the model is damaged, get it again"
+            )
         digests = {part: record.meta["digest"] for part, record in records.items() if record is not None}
         named = {OUTER if part is None else f"block {part}": value for part, value in digests.items()}
         claim_model(self.store, named)
@@ -95,7 +113,7 @@ class Driver:
             elif self.prepared.lease and self.prepared.lease.lost:
                 raise LeaseLostError(self.prepared.lease.lost)
             elif outcome.status != "done":
-                raise StoppedError(outcome.reason, interrupted=outcome.status == "interrupted")
+                raise stopped(outcome, needed)
             elif lost := self._lost(graph, outcome):
                 raise StoppedError(
                     f"{len(lost)} units are done, but what they committed is not at {self.store.url} as this machine sees it: "
@@ -164,8 +182,30 @@ class Driver:
 
     def _note(self, result: dict[str, Any]) -> None:
         self.units_run += 1
+        for note in result.get("notes", ()):
+            self.report.message(note)
         name = result["worker"]
         self.peaks[name] = max(self.peaks.get(name, 0.0), result["peak_rss_mib"])
+
+
+def stopped(outcome: Outcome, nodes: list[Node]) -> StoppedError:
+    """Why the run cannot go on as planned."""
+    node = next((n for n in nodes if n.name == outcome.unit), None)
+    if outcome.status == "failed" and node is not None and isinstance(node.task, TrainTask):
+        return GaveUpError(outcome.reason, node, outcome.failures)
+    return StoppedError(outcome.reason, interrupted=outcome.status == "interrupted")
+
+
+def sweep(store: Store, graph: Graph, left: set[str], kinds: tuple[str, ...]) -> None:
+    """Remove what no unit of the plan makes or goes on from: of plans before a quarantine, and commits within done units."""
+    if not any(node.stage == "optimize" for node in graph.nodes):
+        return  # the plan of the inspection knows of nothing
+    tasks = [node.task for node in graph.nodes if node.name in left]
+    going_on = {(unit_name(t.block, t.epoch), t.key[:16]) for t in tasks if isinstance(t, TrainTask)}
+    makers = graph.producers()
+    for path in committed(store, kinds):
+        if path not in makers and not (path.startswith(f"{PARTIAL}/") and partial_owner(path) in going_on):
+            discard(store, Artifact.parse(path))
 
 
 class Tidy:
@@ -178,6 +218,7 @@ class Tidy:
         self.readers = {path: names & left for path, names in graph.readers().items()}
         self.reads = {node.name: [a for a in node.reads if a.kind in TRANSIENT] for node in needed}
         makers = graph.producers()
+        sweep(driver.store, graph, left, TRANSIENT if self.enabled else (PARTIAL,))
         listed = committed(driver.store, TRANSIENT) if self.enabled else {}
         for path in listed:
             if path not in makers:

@@ -10,11 +10,11 @@ import torch
 
 from lsi.block import get_linear, linear_names
 from pipeline.artifacts import Artifact
+from pipeline.block_state import steps_per_epoch
 from pipeline.config import RunConfig
 from pipeline.graph import Inputs, build_graph
 from pipeline.merge import checkpoint_layout, plan_shards, shard_file
 from pipeline.model_source import DTYPES, locate, open_model
-from pipeline.optimize import steps_per_epoch
 from pipeline.prepare import check_scheme
 from pipeline.skeleton import Skeleton, make_skeleton
 from pipeline.tensors import layout_bytes

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lsi.block import load_quantized, round_block, run_block
 from pipeline.artifacts import Artifact, Writer, read_tensors
+from pipeline.block_state import WEIGHTS_FILE, unpack_weights
 from pipeline.capture import TOKENS_FILE
-from pipeline.optimize import WEIGHTS_FILE, unpack_weights
 from pipeline.perplexity import negative_log_likelihood, perplexity
 from pipeline.skeleton import Surroundings
 from pipeline.worker import Worker
@@ -42,7 +42,7 @@ class EvaluateTask:
         surroundings = worker.surroundings()
         total = sum(self._group(worker, surroundings, group) for group in tokens.split(windows_at_once(worker, tokens)))
         result = {"perplexity": perplexity(total, *tokens.shape)}
-        Writer(worker.store, self.out).commit(result)
+        Writer(worker.store, self.out).commit(result | {"stamp": worker.stamp()})
         return result
 
     def _group(self, worker: Worker, surroundings: Surroundings, tokens: Tensor) -> float:
@@ -50,6 +50,7 @@ class EvaluateTask:
         batches = [window.unsqueeze(0).long().to(worker.device) for window in tokens]
         hidden = [surroundings.embed(batch) for batch in batches]
         for index in range(len(worker.skeleton)):
+            worker.leave_if_asked()
             self._run_block(worker, index, hidden)
         pairs = zip(batches, hidden, strict=True)
         return sum(negative_log_likelihood(surroundings.logits(batch, states), batch) for batch, states in pairs)

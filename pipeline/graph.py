@@ -13,16 +13,19 @@ from typing import Any
 from cluster.units import Unit
 from lsi import ALGORITHM
 from pipeline.artifacts import Artifact, digest
+from pipeline.block_state import learning_rates
 from pipeline.capture import CHUNK_FILE, CaptureTask, EmbedTask
 from pipeline.config import RunConfig, ScheduleConfig
+from pipeline.data_free import RoundTask, StreamTask
 from pipeline.evaluate import EvaluateTask, Variant
 from pipeline.merge import MergeTask
-from pipeline.optimize import Comparison, RoundTask, TrainTask, learning_rates, stream_file
+from pipeline.optimize import Comparison, TrainTask, stream_file
+from pipeline.partial import unit_name
 from pipeline.worker import Chunk, Task
 
 # Artifacts that are deleted once their last reader has committed.
-TRANSIENT = ("hidden", "stream", "state")
-KINDS = (*TRANSIENT, "quantized", "evaluation", "shard")
+TRANSIENT = ("hidden", "stream", "state", "partial")
+KINDS = (*TRANSIENT, "quarantine", "quantized", "evaluation", "shard")
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,10 @@ class Graph:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a graph is built from, all known before any unit of it runs."""
+    """What a graph is built from, all known before any unit of it runs.
+
+    `quarantined` has the blocks that are not trained, each with the reason, for people (`pipeline.quarantine`).
+    """
 
     config: RunConfig
     blocks: int
@@ -105,6 +111,7 @@ class Inputs:
     model_config_digest: str
     compute: Mapping[str, Any]
     shards: list[tuple[str, tuple[str, ...], tuple[int, ...]]]
+    quarantined: Mapping[int, str] = field(default_factory=dict)
 
 
 def input_epoch(schedule: ScheduleConfig, epoch: int, epochs: int) -> int | None:
@@ -161,10 +168,13 @@ class Builder:
             self._embed()
             for block in range(self.inputs.blocks):
                 self._capture(block)
-                self._train(block)
+                if block in self.inputs.quarantined:
+                    self._stream_rounded(block, self._round(block, "round"))
+                else:
+                    self._train(block)
         else:
             for block in range(self.inputs.blocks):
-                self._round(block)
+                self._round(block, "000")
         self._evaluate()
         self._merge()
         return self.graph
@@ -229,7 +239,7 @@ class Builder:
                 comparison=compare,
             )
             last = epoch == epochs - 1
-            name = f"block-{block:03d}-epoch-{epoch:03d}"
+            name = unit_name(block, epoch)
             state = None if last else Artifact("state", name, key)
             quantized = Artifact("quantized", f"block-{block:03d}", key) if last else None
             stream = Artifact("stream", name, key) if self._needs_stream(block, epoch) else None
@@ -237,19 +247,39 @@ class Builder:
                 self.streams[block, epoch] = stream
             if quantized:
                 self.quantized.append(quantized)
-            task = TrainTask(block, epoch, inputs, targets, previous, state, stream, quantized, compare)
+            task = TrainTask(block, epoch, inputs, targets, previous, state, stream, quantized, compare, key)
             reads = (*sources, *self.hidden[block + 1], *((previous,) if previous else ()))
             makes = tuple(a for a in (stream, state, quantized) if a)
             node_name = f"optimize/{block:03d}/{epoch:03d}"
             self.add(Node(node_name, "optimize", block, task, reads, makes, (block, 1, epoch), f"optimize {block}"))
             previous = state
 
-    def _round(self, block: int) -> None:
-        scheme = self.config.scheme.model_dump(mode="json")
-        key = self.key("round", scheme=scheme, weights=self.inputs.block_digests[block])
+    def _round(self, block: int, name: str) -> Artifact:
+        scheme, reason = self.config.scheme.model_dump(mode="json"), self.inputs.quarantined.get(block)
+        # The weights are the same either way; what is said of them is not.
+        decision = {} if reason is None else {"quarantined": True}
+        key = self.key("round", scheme=scheme, weights=self.inputs.block_digests[block], **decision)
         out = Artifact("quantized", f"block-{block:03d}", key)
         self.quantized.append(out)
-        self.add(Node(f"optimize/{block:03d}/000", "optimize", block, RoundTask(block, out), (), (out,), (block, 1, 0)))
+        task = RoundTask(block, out, reason)
+        self.add(Node(f"optimize/{block:03d}/{name}", "optimize", block, task, (), (out,), (block, 1, 0)))
+        return out
+
+    def _stream_rounded(self, block: int, quantized: Artifact) -> None:
+        """What the blocks after a quarantined one train on: its outputs, once for each of its inputs."""
+        made: dict[tuple[Artifact, ...], Artifact] = {}
+        for epoch in range(self.config.optimizer.epochs):
+            if not self._needs_stream(block, epoch):
+                continue
+            inputs, sources = self._input_chunks(block, epoch)
+            if sources not in made:
+                key = self.key("rounded stream", quantized=quantized.key, inputs=[a.key for a in sources])
+                made[sources] = out = Artifact("stream", unit_name(block, epoch), key)
+                task = StreamTask(block, inputs, quantized, out)
+                name = f"optimize/{block:03d}/stream-{epoch:03d}"
+                reads, affinity = (*sources, quantized), f"optimize {block}"
+                self.add(Node(name, "optimize", block, task, reads, (out,), (block, 1, epoch), affinity))
+            self.streams[block, epoch] = made[sources]
 
     def _evaluate(self) -> None:
         variants: list[Variant] = [*self.config.evaluation.baselines, "quantized"]

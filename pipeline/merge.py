@@ -20,9 +20,9 @@ from torch import Tensor
 from lsi.block import linear_names
 from lsi.grid import Grid, QuantizedWeight
 from pipeline.artifacts import Artifact, Record, Writer, put_hashed, read_record, read_tensors
+from pipeline.block_state import WEIGHTS_FILE, unpack_weights
 from pipeline.config import RunConfig
 from pipeline.model_source import ModelSource
-from pipeline.optimize import WEIGHTS_FILE, unpack_weights
 from pipeline.packed_format import pack_linear, packed_layout, quantization_config
 from pipeline.skeleton import Skeleton, stored_name, tensor_names
 from pipeline.store import DamagedObjectError, Store
@@ -103,7 +103,7 @@ class MergeTask:
         layout = {key: size for name in self.names for key, size in layouts[name].items()}
         pieces = partial(write_lazily, layout, Packer(worker, self.quantized), {"format": "pt"})
         size, checksum = put_hashed(worker.checkpoint, self.file, pieces)
-        meta = {"file": self.file, "size": size, "sha256": checksum, "tensors": sorted(layout)}
+        meta = {"file": self.file, "size": size, "sha256": checksum, "tensors": sorted(layout), "stamp": worker.stamp()}
         Writer(worker.store, self.out).commit(meta)
         return {"file": self.file, "size": size}
 
@@ -119,6 +119,7 @@ class Packer:
         self.packed: tuple[str, dict[str, Tensor]] | None = None
 
     def __call__(self, name: str) -> Tensor:
+        self.worker.leave_if_asked()
         owner = name.rpartition(".")[0]
         if owner not in self.linears or name == f"{owner}.bias":
             return self._untouched(name)

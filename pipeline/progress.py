@@ -1,11 +1,22 @@
-"""What a run shows while it runs: bars on a terminal, one JSON line an event elsewhere."""
+"""What a run shows while it runs: bars on a terminal, and one JSON line an event elsewhere or in a file.
+
+Every line has `time` (seconds since 1970) and `event`. Events of the cluster are named after their class and carry its fields:
+`unit_started` (unit, worker), `unit_done` (unit, worker, host, seconds, peak_rss_mib and what the unit found, such as loss,
+perplexity, taken_up_at_step), `unit_failed` (unit, worker, kind, reason, traceback), `worker_joined` (worker), `worker_lost`
+(worker, reason), `stop_requested` (reason), `end` (status, reason, unit). The driver's own are `message` (text) and, every few
+seconds, `progress` (done: by stage how many units are done, of how many).
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
-from typing import Any
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -18,8 +29,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from cluster.scheduler import Assign, Event, Instruction, UnitFailed, WorkerJoined, WorkerLost
+from cluster.scheduler import Assign, Event, Instruction, UnitFailed, WorkerLost
+from pipeline.errors import UserError
 from pipeline.graph import Node
+from pipeline.reporter import Reporter, Together
 
 STAGES = {
     "inspect": "read weights",
@@ -46,13 +59,6 @@ class TerminalReporter:
         )
         self.bars: dict[str, TaskID] = {}
 
-    def __enter__(self) -> TerminalReporter:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
     def message(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False)
 
@@ -74,21 +80,17 @@ class TerminalReporter:
 
 
 class LineReporter:
-    """JSON lines on standard error: messages and troubles at once, progress at most every `every` seconds."""
+    """JSON lines to a stream: everything at once, counts at most every `every` seconds."""
 
-    def __init__(self, every: float = 5.0) -> None:
+    def __init__(self, stream: TextIO, every: float = 5.0) -> None:
+        self.stream = stream
         self.every = every
         self.totals: dict[str, list[int]] = {}
         self.last = 0.0
 
-    def __enter__(self) -> LineReporter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return
-
     def line(self, event: str, **fields: Any) -> None:
-        print(json.dumps({"time": round(time.time(), 3), "event": event} | fields), file=sys.stderr, flush=True)
+        line = {"time": round(time.time(), 3), "event": event} | fields
+        print(json.dumps(line, default=str), file=self.stream, flush=True)
 
     def message(self, text: str) -> None:
         self.line("message", text=text)
@@ -101,16 +103,50 @@ class LineReporter:
         self.totals[node.stage][0] += 1
         if time.monotonic() - self.last >= self.every or all(done == total for done, total in self.totals.values()):
             self.last = time.monotonic()
-            self.line("progress", done=self.totals, unit=node.name, loss=result.get("loss"))
+            self.line("progress", done=self.totals)
 
     def event(self, event: Event | Instruction) -> None:
-        if text := trouble(event):
-            self.line("trouble", text=text)
+        self.line(event_name(event), **event_fields(event))
 
 
-def make_reporter() -> TerminalReporter | LineReporter:
-    """Bars if a person watches, lines if not."""
-    return TerminalReporter() if sys.stderr.isatty() else LineReporter()
+@contextmanager
+def reporting(log: str | None) -> Iterator[Reporter]:
+    """Bars if a person watches, lines on standard error if not; lines to the file `log` besides. Raises UserError."""
+    with ExitStack() as stack:
+        shown: Reporter
+        if sys.stderr.isatty():
+            shown = TerminalReporter()
+            stack.enter_context(shown.progress)
+        else:
+            shown = LineReporter(sys.stderr)
+        yield shown if log is None else Together(shown, LineReporter(stack.enter_context(open_log(log))))
+
+
+def open_log(path: str) -> TextIO:
+    """A file that is added to. Raises UserError."""
+    try:
+        return open(path, "a", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--log {path}: cannot write there ({error.strerror}); choose another file") from error
+
+
+def event_name(event: Event | Instruction) -> str:
+    """Its class in words, so that a new kind of event is logged without being named here."""
+    if isinstance(event, Assign):
+        return "unit_started"
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(event).__name__).lower()
+
+
+def event_fields(event: Event | Instruction) -> dict[str, Any]:
+    """Flat: a unit's result among the others, with the seconds it took in the place of two times and what is empty left out."""
+    found = {field.name: getattr(event, field.name) for field in fields(event)}
+    result = found.pop("result", {})
+    if "started" in result:
+        result = result | {"seconds": round(result["ended"] - result["started"], 3)}
+    found |= {name: value for name, value in result.items() if name not in ("started", "ended")}
+    if "message" in found:
+        found["reason"] = found.pop("message")
+    return {name: value for name, value in found.items() if value not in (None, "", [])}
 
 
 def stage_of(unit: str) -> str:
@@ -135,7 +171,5 @@ def trouble(event: Event | Instruction) -> str | None:
             return f"{worker} was lost ({reason}); its unit goes to another"
         case UnitFailed(unit, worker, "retry", message):
             return f"{unit} failed on {worker} and is tried again: {message}"
-        case WorkerJoined():
-            return None
         case _:
             return None

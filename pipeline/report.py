@@ -13,11 +13,17 @@ from pipeline.merge import CHECKPOINT_MANIFEST, publish, published_config, quant
 from pipeline.prepare import Prepared
 from pipeline.run import Finished
 from pipeline.store import Store
+from pipeline.watch import FIELDS
 from pipeline.worker import peak_rss_mib
 
 RESULT_FILE = "result.json"
 MANIFEST_FILE = "manifest.json"
 TIMES = ("worker", "host", "pid", "started", "ended", "peak_rss_mib")
+FLAG_WORDS = {
+    "non_finite": "training met a loss or gradient that is not finite; it keeps its best state, better than round-to-nearest",
+    "fallback": "training met a loss or gradient that is not finite, and no state was better than round-to-nearest, which it holds",
+    "quarantined": "training failed for good; it holds round-to-nearest, made without data",
+}
 
 
 def records(store: Store, artifacts: list[Artifact]) -> list[Record]:
@@ -55,9 +61,15 @@ def without_times(block: dict[str, Any]) -> dict[str, Any]:
     return block | {"history": history}
 
 
-def flagged(blocks: list[dict[str, Any]]) -> list[int]:
-    """Blocks whose training met a number that is not finite; they keep their best finite state."""
-    return [block["block"] for block in blocks if block["status"] != "ok"]
+def flagged(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Blocks that are not what training was to make them: number, status (see `FLAG_WORDS`), what they hold, and the reason."""
+    names = ("block", "status", "kept", "reason")
+    return [{name: block[name] for name in names} for block in blocks if block["status"] != "ok"]
+
+
+def flag_line(block: dict[str, Any]) -> str:
+    """One sentence on a flagged block."""
+    return f"block {block['block']}: {FLAG_WORDS[block['status']]} ({block['reason'].rstrip('.')})"
 
 
 def recipe_of(prepared: Prepared) -> dict[str, Any]:
@@ -144,10 +156,8 @@ def model_card(prepared: Prepared, table: dict[str, dict[str, float]], blocks: l
         lines += ["", f"Perplexity, {evaluation.windows} windows of {evaluation.length} tokens (lower is better):", ""]
         lines += [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]]
     if odd := flagged(blocks):
-        lines += [
-            "",
-            f"**Blocks {', '.join(map(str, odd))} met non-finite losses in training and keep their best finite state.**",
-        ]
+        lines += ["", "**Not all blocks are what training was to make them:**", ""]
+        lines += [f"- **block {block['block']}**: {FLAG_WORDS[block['status']]}" for block in odd]
     return "\n".join([*lines, ""])
 
 
@@ -161,6 +171,7 @@ def publish_checkpoint(finished: Finished) -> None:
     manifest = {
         "identity": recipe_of(prepared),
         "perplexity": table,
+        "flagged": flagged(blocks),
         "blocks": [without_times(block) for block in blocks],
         "files": {
             record.meta["file"]: {"size": record.meta["size"], "sha256": record.meta["sha256"]} for record in shards
@@ -182,7 +193,8 @@ def write_result(finished: Finished) -> dict[str, Any]:
         "perplexity": perplexities(finished),
         "checkpoint": prepared.checkpoint.url,
         "scheme": scheme_words(prepared),
-        "flagged_blocks": flagged(blocks),
+        "flagged_blocks": [block["block"] for block in flagged(blocks)],
+        "flagged": flagged(blocks),
         "seconds": {name: round(value, 2) for name, value in finished.seconds.items()} | training_seconds(blocks),
         "units": {"run": finished.units_run, "committed_before": finished.units_committed_before},
         "peak_rss_mib": {"driver": round(peak_rss_mib(), 1), **finished.peak_rss_mib},
@@ -191,9 +203,8 @@ def write_result(finished: Finished) -> dict[str, Any]:
         "identity": recipe_of(prepared),
         "result": result,
         "blocks": blocks,
-        "timeline": timeline(blocks),
-        "most_blocks_at_once": most_at_once(timeline(blocks)),
-    }
+        "most_blocks_at_once": most_at_once(training_timeline(blocks)),
+    } | timeline(finished, blocks)
     prepared.store.check_fence()
     prepared.store.put(MANIFEST_FILE, json.dumps(manifest, indent=1, sort_keys=True).encode())
     prepared.store.put(RESULT_FILE, json.dumps(result, indent=1).encode())
@@ -206,10 +217,30 @@ def training_seconds(blocks: list[dict[str, Any]]) -> dict[str, float]:
     return {"training_all_workers": round(sum(spans), 2)}
 
 
-def timeline(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every training unit with its worker, in order of start."""
-    entries = [{"block": block["block"], **entry} for block in blocks for entry in block["history"]]
-    return sorted(entries, key=lambda entry: entry["started"])
+def timeline(finished: Finished, blocks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Every unit with who did it, in order of start; times are seconds after `timeline_began` (seconds since 1970).
+
+    From the commit records where they are still there, else from what the drivers noted.
+    """
+    stamps = {entry[0]: dict(zip(FIELDS[1:], entry[1:], strict=True)) for entry in finished.units.values()}
+    stamps |= {f"optimize/{e['block']:03d}/{e['epoch']:03d}": e for e in training_timeline(blocks) if "epoch" in e}
+    for node in finished.graph.nodes:
+        if node.name not in stamps:
+            record = read_record(finished.prepared.store, node.makes[0])
+            if record is not None and "stamp" in record.meta:
+                stamps[node.name] = record.meta["stamp"]
+    began = min((stamp["started"] for stamp in stamps.values()), default=0.0)
+    entries = [
+        {name: stamp[name] for name in ("worker", "host", "pid", "peak_rss_mib")}
+        | {"unit": unit, "started": round(stamp["started"] - began, 2), "ended": round(stamp["ended"] - began, 2)}
+        for unit, stamp in stamps.items()
+    ]
+    return {"timeline_began": round(began, 2), "timeline": sorted(entries, key=lambda entry: entry["started"])}
+
+
+def training_timeline(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every training unit with its block."""
+    return [{"block": block["block"], **entry} for block in blocks for entry in block["history"]]
 
 
 def most_at_once(entries: list[dict[str, Any]]) -> int:

@@ -22,3 +22,26 @@ class Reporter(Protocol):
 
     def event(self, event: Event | Instruction) -> None:
         """Anything of the cluster."""
+
+
+class Together:
+    """Several reporters as one."""
+
+    def __init__(self, *reporters: Reporter) -> None:
+        self.reporters = reporters
+
+    def message(self, text: str) -> None:
+        for reporter in self.reporters:
+            reporter.message(text)
+
+    def begin(self, stage_totals: dict[str, tuple[int, int]]) -> None:
+        for reporter in self.reporters:
+            reporter.begin(stage_totals)
+
+    def finished(self, node: Node, result: dict[str, Any]) -> None:
+        for reporter in self.reporters:
+            reporter.finished(node, result)
+
+    def event(self, event: Event | Instruction) -> None:
+        for reporter in self.reporters:
+            reporter.event(event)

@@ -21,7 +21,7 @@ from cluster.session import default_workers, ray_session
 from cluster.units import ClusterError
 from pipeline.artifacts import collect_garbage
 from pipeline.config import RunConfig
-from pipeline.driver import Driver, StoppedError
+from pipeline.driver import Driver, GaveUpError, StoppedError
 from pipeline.errors import UserError
 from pipeline.estimate import human_bytes
 from pipeline.graph import KINDS, Graph, Inputs, build_graph
@@ -29,8 +29,10 @@ from pipeline.identity import package_version
 from pipeline.lease import hold
 from pipeline.merge import checkpoint_layout, plan_shards, quantized_linears, shard_file, withdraw
 from pipeline.prepare import Prepared
-from pipeline.reporter import Reporter
+from pipeline.quarantine import follow_decisions, forget, give_up
+from pipeline.reporter import Reporter, Together
 from pipeline.store import Store, nothing
+from pipeline.watch import watching
 from pipeline.worker import Context, make_handler
 
 PLAN_FILE = "plan.json"
@@ -46,6 +48,8 @@ class Finished:
     peak_rss_mib: dict[str, float] = field(default_factory=dict)
     units_run: int = 0
     units_committed_before: int = 0
+    # Who did each unit and when, by name, as in `watch.FIELDS`; units of drivers that were killed may be missing.
+    units: dict[str, list[Any]] = field(default_factory=dict)
 
 
 @contextmanager
@@ -93,8 +97,8 @@ def shard_plan(prepared: Prepared) -> list[tuple[str, tuple[str, ...], tuple[int
     ]
 
 
-def graph_of(prepared: Prepared, blocks: list[str], outer: str) -> Graph:
-    """The run's units, now that the weights are known."""
+def graph_of(prepared: Prepared, blocks: list[str], outer: str, quarantined: dict[int, str]) -> Graph:
+    """The run's units, now that the weights and the quarantined blocks are known."""
     config = prepared.config
     compute = (
         prepared.resolved
@@ -115,6 +119,7 @@ def graph_of(prepared: Prepared, blocks: list[str], outer: str) -> Graph:
             model_config_digest=hashlib.sha256(prepared.source.side_files["config.json"]).hexdigest(),
             compute=compute,
             shards=shard_plan(prepared),
+            quarantined=quarantined,
         )
     )
 
@@ -170,9 +175,16 @@ def run_to_goals(
     workers: Workers = ray_workers,
     should_stop: Callable[[], bool] = lambda: False,
     restrict: Callable[[Graph, Driver], None] = lambda graph, driver: None,
+    *,
+    strict: bool = False,
+    retry_quarantined: bool = False,
 ) -> Finished:
     """Run every unit that is needed, under the caller's lease or one of its own. Raises UserError or StoppedError; what was
-    committed stays."""
+    committed stays.
+
+    A block whose training fails for good is quarantined, and a new plan goes on without; `strict` stops there instead,
+    `retry_quarantined` first forgets the blocks that were.
+    """
     began = time.monotonic()
     with ExitStack() as stack:
         if prepared.lease is None:
@@ -182,14 +194,35 @@ def run_to_goals(
         def stop() -> bool:
             return should_stop() or (lease is not None and lease.lost is not None)
 
+        watch = stack.enter_context(watching(prepared.store))
         start = partial(stack.enter_context, workers(prepared.config, prepared.context, report))
-        driver = Driver(prepared, start, report, stop)
-        graph = graph_of(prepared, *driver.inspect())
+        driver = Driver(prepared, start, Together(report, watch), watch.between(stop))
+        blocks, outer = driver.inspect()
         inspected = time.monotonic()
+        if retry_quarantined:
+            forget(prepared.store)
+        graph, before = _complete(driver, blocks, outer, restrict, strict=strict)
+    seconds = {"start_and_inspect": inspected - began, "units": time.monotonic() - inspected}
+    return Finished(prepared, graph, seconds, driver.peaks, driver.units_run, before, watch.units)
+
+
+def _complete(
+    driver: Driver, blocks: list[str], outer: str, restrict: Callable[[Graph, Driver], None], *, strict: bool
+) -> tuple[Graph, int]:
+    """Plan and run, again whenever a block is quarantined. Returns the last plan, and how many of the first one's units were done."""
+    prepared, report = driver.prepared, driver.report
+    before: int | None = None
+    for decisions in follow_decisions(prepared.store, report, len(blocks), strict=strict):
+        graph = graph_of(prepared, blocks, outer, decisions)
         write_plan(prepared.store, graph)
         restrict(graph, driver)
-        if any(n.stage == "merge" for n in driver.needed(graph)):
+        needed = driver.needed(graph)
+        if any(n.stage == "merge" for n in needed):
             withdraw(prepared.checkpoint)
-        before = driver.complete(graph)
-    seconds = {"start_and_inspect": inspected - began, "units": time.monotonic() - inspected}
-    return Finished(prepared, graph, seconds, driver.peaks, driver.units_run, before)
+        before = len(graph.nodes) - len(needed) if before is None else before
+        try:
+            driver.complete(graph)
+            return graph, before
+        except GaveUpError as error:
+            give_up(prepared.store, error, strict=strict)
+    raise StoppedError("what was decided on failed blocks cannot be read back; check the storage.", interrupted=False)

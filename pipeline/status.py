@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 from pipeline.artifacts import Artifact, CorruptArtifactError, committed, read_record
 from pipeline.errors import UserError
 from pipeline.graph import KINDS, Graph, Node
 from pipeline.identity import RUN_FILE
+from pipeline.progress import stage_of
 from pipeline.run import PLAN_FILE
 from pipeline.store import Store
+from pipeline.watch import FIELDS, HEARTBEAT, read_progress
+
+STAGES = ("inspect", "capture", "optimize", "evaluate", "merge")
 
 
 def load_plan(store: Store) -> Graph | None:
@@ -37,52 +42,96 @@ def _no_task(worker: object) -> dict[str, Any]:
 
 
 def read_status(store: Store) -> dict[str, Any]:
-    """Per stage what is done and left, block results, and whether the checkpoint is there. Raises UserError if there is no run."""
+    """All that `lsi status` shows. Raises UserError if there is no run.
+
+    `stages` by name: total, left, running, and where this driver has done units of it: per_minute and seconds_left (about).
+    """
     if not store.exists(RUN_FILE):
         raise UserError(f"{store.url}: no run here (no {RUN_FILE}); give the directory that storage.run names")
-    graph = load_plan(store)
-    if graph is None:
-        return {"run": store.url, "state": "weights not inspected yet", "stages": {}, "blocks": []}
+    progress, graph = read_progress(store), load_plan(store)
     listed = committed(store, KINDS)
-    left = graph.needed(lambda artifact: artifact.path in listed)
-    stages = {
-        stage: {"total": total, "left": sum(n.stage == stage for n in left)}
-        for stage in ("capture", "optimize", "evaluate", "merge")
-        if (total := sum(n.stage == stage for n in graph.nodes))
-    }
-    blocks = [
-        block_status(store, a) for n in graph.nodes for a in n.makes if a.kind == "quantized" and a.path in listed
-    ]
-    state = "finished" if not left and store.exists("result.json") else "unfinished"
+    blocks = block_statuses(store, graph, listed) if graph else []
+    counts = _planned(graph, listed) if graph else _told(progress)
+    left = sum(stage["left"] for stage in counts.values())
+    done = graph is not None and not left and store.exists("result.json")
     return {
         "run": store.url,
-        "state": state,
-        "stages": stages,
-        "blocks": [block for block in blocks if block],
+        "state": "finished" if done else "unfinished" if graph else "weights not inspected yet",
+        "driver": driver_status(progress),
+        "stages": {stage: count | _pace(progress, stage, count["left"]) for stage, count in counts.items()},
+        "workers": [{"name": name, **worker} for name, worker in progress["workers"].items()],
+        "failures": progress["failures"],
+        "blocks": blocks,
+        "blocks_total": sum(a.kind == "quantized" for n in graph.nodes for a in n.makes) if graph else None,
+        "flagged_blocks": [block["block"] for block in blocks if block["status"] != "ok"],
+        "quarantined": quarantined(store, listed),
         "stored_bytes": sum(listed.values()),
     }
 
 
-def block_status(store: Store, artifact: Artifact) -> dict[str, Any] | None:
-    """Number, status, kept state and loss of a finished block; None if its record is damaged."""
+def _planned(graph: Graph, listed: dict[str, int]) -> dict[str, dict[str, int]]:
+    left = graph.needed(lambda artifact: artifact.path in listed)
+    return {
+        stage: {"total": total, "left": sum(n.stage == stage for n in left)}
+        for stage in STAGES
+        if (total := sum(n.stage == stage for n in graph.nodes))
+    }
+
+
+def _told(progress: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Before there is a plan: what the driver says of the weights."""
+    return {stage: {"total": total, "left": total - done} for stage, (done, total) in progress["stages"].items()}
+
+
+def _pace(progress: dict[str, Any], stage: str, left: int) -> dict[str, Any]:
+    """Units that run now, how many are done a minute, and the time left: about, for units differ and stages wait."""
+    running = sum(
+        worker["unit"] is not None and stage_of(worker["unit"]) == stage for worker in progress["workers"].values()
+    )
+    spans = _spans(progress, stage)
+    if not spans:
+        return {"running": running, "per_minute": None, "seconds_left": None}
+    busy = sum(ended - started for started, ended in spans)
+    whole = max(max(ended for _, ended in spans) - min(started for started, _ in spans), 0.01)
+    # A schedule may keep workers waiting: what ran side by side so far says more than their number, which bounds it.
+    side_by_side = min(max(busy / whole, 1.0), max(len(progress["workers"]), 1))
+    about = left * (busy / len(spans)) / side_by_side
+    return {"running": running, "per_minute": round(60 * len(spans) / whole, 2), "seconds_left": round(about, 1)}
+
+
+def _spans(progress: dict[str, Any], stage: str) -> list[tuple[float, float]]:
+    """Start and end of the stage's units that the present driver has seen done."""
+    since = (progress["driver"] or {}).get("since", 0.0)
+    entries = [dict(zip(FIELDS, entry, strict=True)) for entry in progress["units"]]
+    return [(e["started"], e["ended"]) for e in entries if stage_of(e["unit"]) == stage and e["started"] >= since]
+
+
+def driver_status(progress: dict[str, Any]) -> dict[str, Any] | None:
+    """Who drives, or drove last; `state`: running, silent (nothing heard for too long: killed, or cut off), or ended."""
+    driver = progress["driver"]
+    if driver is None:
+        return None
+    age = round(max(0.0, time.time() - progress["written"]), 1)
+    state = "ended" if progress["end"] else "running" if age < 3 * HEARTBEAT else "silent"
+    return {**driver, "state": state, "end": progress["end"], "last_word_seconds_ago": age}
+
+
+def block_statuses(store: Store, graph: Graph, listed: dict[str, int]) -> list[dict[str, Any]]:
+    """Number, status, kept state, loss and reason of the plan's finished blocks; those with damaged records are left out."""
+    paths = [a.path for n in graph.nodes for a in n.makes if a.kind == "quantized" and a.path in listed]
+    names = ("block", "status", "kept", "loss", "reason")
+    return [{name: meta[name] for name in names} for path in paths if (meta := _meta(store, path))]
+
+
+def quarantined(store: Store, listed: dict[str, int]) -> list[dict[str, Any]]:
+    """The decisions on blocks whose training failed for good."""
+    found = [_meta(store, path) for path in sorted(listed) if path.startswith("quarantine/")]
+    return [meta for meta in found if meta]
+
+
+def _meta(store: Store, path: str) -> dict[str, Any] | None:
     try:
-        record = read_record(store, artifact)
+        record = read_record(store, Artifact.parse(path))
     except CorruptArtifactError:
-        record = None
-    return {k: record.meta[k] for k in ("block", "status", "kept", "loss")} if record else None
-
-
-def status_lines(found: dict[str, Any]) -> list[str]:
-    """For a person."""
-    lines = [f"{found['run']}: {found['state']}"]
-    for stage, counts in found["stages"].items():
-        done = counts["total"] - counts["left"]
-        lines.append(
-            f"  {stage:<10} {done:>5} of {counts['total']} done"
-            + (f", {counts['left']} left" if counts["left"] else "")
-        )
-    for block in found["blocks"]:
-        loss = "" if block["loss"] is None else f"  loss {block['loss']:.4e}"
-        odd = "" if block["status"] == "ok" else f"  {block['status'].upper()}"
-        lines.append(f"  block {block['block']:>3}  kept: {block['kept']}{loss}{odd}")
-    return lines
+        return None
+    return record.meta if record else None

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from pipeline.artifacts import Artifact, Writer
-from pipeline.errors import UserError
 from pipeline.skeleton import Skeleton, stored_name, tensor_names
 from pipeline.tensors import tensor_bytes
 from pipeline.worker import Worker
@@ -25,22 +24,25 @@ def block_tensors(skeleton: Skeleton, block: int | None) -> dict[str, torch.Tens
 
 @dataclass(frozen=True)
 class InspectTask:
-    """Digest the weights of one block, or of everything outside the blocks (`block` None)."""
+    """Digest the weights of one block, or of everything outside the blocks (`block` None).
+
+    Weights that are not finite are no failure of the unit: the finding is committed as `refused`, a sentence for the user.
+    """
 
     block: int | None
     out: Artifact
 
     def __call__(self, worker: Worker) -> dict[str, Any]:
         hasher = hashlib.sha256()
+        refused = None
         for name in sorted(block_tensors(worker.skeleton, self.block)):
             tensor = worker.source.read(stored_name(name, worker.source, worker.skeleton.model))
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 count = int((~torch.isfinite(tensor)).sum())
-                raise UserError(
-                    f"{worker.source.store.url}: {name} holds {count} values that are NaN or infinite; the model is damaged, get it again"
-                )
+                refused = refused or f"{name} holds {count} values that are NaN or infinite"
+            worker.leave_if_asked()
             hasher.update(f"{name}:{tensor.dtype}:{list(tensor.shape)};".encode())
             hasher.update(tensor_bytes(tensor))
-        result = {"digest": hasher.hexdigest()}
-        Writer(worker.store, self.out).commit(result)
+        result = {"digest": hasher.hexdigest(), "refused": refused}
+        Writer(worker.store, self.out).commit(result | {"stamp": worker.stamp()})
         return result

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster.group import ShouldYield, stay
-from cluster.units import UnitError
+from cluster.units import UnitError, YieldUnit
 from lsi.block import linear_names
 from pipeline.artifacts import Artifact, CorruptArtifactError, discard, read_tensors
 from pipeline.config import RunConfig
@@ -116,6 +116,9 @@ class Worker:
         self._block: tuple[int, nn.Module] | None = None
         # The optimize stage keeps its block here from one epoch to the next.
         self.held: tuple[str, Any] | None = None
+        self.started = time.time()
+        # What a person should know of the present unit; told with its result.
+        self.notes: list[str] = []
 
     @cached_property
     def source(self) -> ModelSource:
@@ -153,6 +156,15 @@ class Worker:
         self.held = None
         self.chunks.drop_except(set())
 
+    def leave_if_asked(self) -> None:
+        """Between two pieces of work, wherever a unit may be cut. Raises YieldUnit."""
+        if self.should_yield():
+            raise YieldUnit
+
+    def stamp(self) -> dict[str, Any]:
+        """Who does the present unit, since when and with how much memory so far."""
+        return stamp(self.name, self.started)
+
     def linears(self, index: int) -> list[str]:
         """The linears of a block that are quantized."""
         return linear_names(self.skeleton.blocks[index], self.skeleton.block_prefix(index), self.config.scheme.skip)
@@ -189,13 +201,14 @@ def make_handler(context: Context, name: str, should_yield: ShouldYield = stay) 
 
 
 def handle_unit(task: Task, worker: Worker) -> dict[str, Any]:
-    """Run one unit; what went wrong is told apart by what cures it. Raises UnitError."""
-    started = time.time()
+    """Run one unit; what went wrong is told apart by what cures it. Raises UnitError, and YieldUnit as it comes."""
+    worker.started = time.time()
+    worker.notes = []
     try:
         result = _run_or_discard(task, worker)
     except (UserError, StorageFullError, PermissionError) as error:
         raise UnitError("fatal", str(error)) from error
-    return result | stamp(worker.name, started)
+    return result | worker.stamp() | {"notes": worker.notes}
 
 
 def _run_or_discard(task: Task, worker: Worker) -> dict[str, Any]:

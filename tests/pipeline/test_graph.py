@@ -1,11 +1,13 @@
 """Units and their exact dependencies, schedule by schedule."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from pipeline.artifacts import Artifact
 from pipeline.config import RunConfig, ScheduleConfig, parse_config
+from pipeline.data_free import StreamTask
 from pipeline.graph import Graph, Inputs, build_graph, comparison, input_epoch
 from pipeline.optimize import TrainTask
 
@@ -204,3 +206,24 @@ def test_a_blocks_weights_change_it_and_what_follows_but_not_what_comes_before()
 
 def results(given: Inputs) -> set[str]:
     return {a.path for n in build_graph(given).nodes for a in n.makes if a.kind == "quantized"}
+
+
+@pytest.mark.parametrize("kind", ["sequential", "parallel", "wave"])
+def test_a_quarantined_block_changes_it_and_what_follows_but_not_what_comes_before(kind: str) -> None:
+    def by_block(given: Inputs) -> list[str]:
+        return sorted(results(given))
+
+    plain = inputs(schedule={"kind": kind})
+    one = replace(plain, quarantined={1: "a reason"})
+    before, after = by_block(plain), by_block(one)
+    assert before[0] == after[0]
+    assert before[1] != after[1]
+    assert before[2] != after[2]
+    assert by_block(replace(plain, quarantined={1: "another"})) == after, "what is said of it decides no bytes"
+
+
+@pytest.mark.parametrize(("block", "streams"), [(0, 1), (1, 2), (2, 0)])
+def test_a_quarantined_block_has_one_stream_for_each_of_its_inputs(block: int, streams: int) -> None:
+    built = build_graph(replace(inputs(schedule={"kind": "parallel"}), quarantined={block: "a reason"}))
+    assert sum(isinstance(node.task, StreamTask) for node in built.nodes) == streams
+    assert not [n for n in built.nodes if isinstance(n.task, TrainTask) and n.block == block]

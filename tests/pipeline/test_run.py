@@ -11,10 +11,10 @@ from running import Silent, checkpoint_hashes, run, tiny_config
 
 from lsi.grid import Grid, round_to_nearest
 from pipeline.artifacts import read_tensors
+from pipeline.block_state import WEIGHTS_FILE, unpack_weights
 from pipeline.driver import StoppedError
 from pipeline.errors import UserError
 from pipeline.evaluate_checkpoint import evaluate_checkpoint
-from pipeline.optimize import WEIGHTS_FILE, unpack_weights
 from pipeline.packed_format import unpack_linear
 from pipeline.prepare import prepare
 from pipeline.report import artifacts_of
@@ -113,7 +113,8 @@ def test_each_block_ends_no_worse_than_it_began(model: Path, short_text: Path, t
     for block in result_blocks(finished):
         assert block["loss"] <= block["initial_loss"]
         if increment != "none":
-            assert block["kept"] == "initial"
+            # Steps that overflow make a run of these sizes end at round-to-nearest, where that is better.
+            assert block["kept"] == ("initial" if block["status"] == "ok" else "round_to_nearest")
             assert block["loss"] < block["history"][-1]["loss"]
 
 
@@ -245,8 +246,9 @@ def test_weights_that_are_not_finite_are_refused_before_anything_else(
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
     save_file(tensors, file, {"format": "pt"})
     report = Silent()
-    with pytest.raises(StoppedError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds 1 values that are NaN"):
-        run(tiny_config(model, short_text, tmp_path / "run"), report)
+    for _ in range(2):  # the finding is committed, and refuses the next start too
+        with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds 1 values that are NaN"):
+            run(tiny_config(model, short_text, tmp_path / "run"), report)
     assert not [unit for unit in report.units if not unit.startswith("inspect/")]
 
 
@@ -351,4 +353,7 @@ def test_a_loss_that_is_not_finite_is_recorded_and_the_block_keeps_its_start(
         assert block["loss"] is not None
         assert block["loss"] <= block["initial_loss"]
     card = finished.prepared.checkpoint.get("README.md").decode()
-    assert "Blocks 0, 1, 2 met non-finite losses" in card
+    for block in range(3):
+        assert (
+            f"- **block {block}**: training met a loss or gradient that is not finite; it keeps its best state" in card
+        )

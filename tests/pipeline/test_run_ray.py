@@ -72,7 +72,7 @@ def test_two_actors_give_the_bytes_of_one_process_and_train_two_blocks_at_once(
 @pytest.fixture
 def killed_run(model: Path, short_text: Path, tmp_path: Path) -> tuple[Path, Path]:
     """Config and run directory of a run that tests kill."""
-    tree = tiny_tree(model, short_text, tmp_path / "run", cluster={"workers": 2}, **SIZE)
+    tree = tiny_tree(model, short_text, tmp_path / "run", cluster={"workers": 2, "commit_every_seconds": 0}, **SIZE)
     return write_config(tmp_path / "config.yaml", tree), tmp_path / "run"
 
 

@@ -1,0 +1,74 @@
+"""A block without training: round-to-nearest, which needs the weights alone.
+
+It is what no epochs give, and what takes the place of a block whose training failed for good (`pipeline.quarantine`). In a
+chain of blocks that train, a second unit then runs the rounded block over its inputs, for the blocks after it.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lsi.block import load_quantized, round_block, run_block
+from pipeline.artifacts import Artifact, Writer, read_tensors
+from pipeline.block_state import WEIGHTS_FILE, pack_weights, unpack_weights
+from pipeline.capture import write_chunk
+from pipeline.optimize import stream_file
+from pipeline.worker import Chunk, Worker
+
+
+@dataclass(frozen=True)
+class RoundTask:
+    """Round-to-nearest of one block; `quarantined` says why, where it takes the place of training."""
+
+    block: int
+    quantized: Artifact
+    quarantined: str | None = None
+
+    def __call__(self, worker: Worker) -> dict[str, Any]:
+        weights = round_block(
+            worker.block(self.block), worker.linears(self.block), worker.config.scheme.grid, worker.context.dtype
+        )
+        writer = Writer(worker.store, self.quantized)
+        writer.write_tensors(WEIGHTS_FILE, pack_weights(weights))
+        status = "ok" if self.quarantined is None else "quarantined"
+        writer.commit(
+            {
+                "block": self.block,
+                "status": status,
+                "reason": self.quarantined,
+                "kept": "round_to_nearest",
+                "loss": None,
+                "initial_loss": None,
+                "history": [worker.stamp()],
+            }
+        )
+        return {"status": status}
+
+
+@dataclass(frozen=True)
+class StreamTask:
+    """The outputs of a rounded block on the chunks of its inputs: what the next block trains on."""
+
+    block: int
+    inputs: tuple[Chunk, ...]
+    quantized: Artifact
+    stream: Artifact
+
+    @torch.no_grad()
+    def __call__(self, worker: Worker) -> dict[str, Any]:
+        worker.chunks.drop_except({chunk.artifact.path for chunk in self.inputs})
+        block = copy.deepcopy(worker.block(self.block))
+        load_quantized(block, unpack_weights(read_tensors(worker.store, self.quantized, WEIGHTS_FILE)))
+        writer = Writer(worker.store, self.stream)
+        for place, chunk in enumerate(self.inputs):
+            worker.leave_if_asked()
+            worker.chunks.prefetch(self.inputs[place : place + 2])
+            hidden = worker.chunks.get(chunk).to(worker.device)
+            output = run_block(block, hidden, worker.arguments(self.block, hidden.shape[1]))
+            write_chunk(writer, stream_file(place), output)
+        writer.commit({"loss": None, "stamp": worker.stamp()})
+        return {}
