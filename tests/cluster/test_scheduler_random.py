@@ -6,17 +6,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from cluster.scheduler import (
+from cluster.events import (
     Assign,
     End,
     Event,
-    Scheduler,
     StopRequested,
     UnitDone,
     UnitFailed,
     WorkerJoined,
     WorkerLost,
 )
+from cluster.scheduler import Scheduler
 from cluster.units import Unit
 
 
