@@ -54,7 +54,8 @@ def _private_ray(cpus: int | None, dashboard: bool) -> Iterator[str]:
         # The workers must find the handlers' modules wherever the driver found them.
         path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
         with _environment(RAY_USAGE_STATS_ENABLED="0", PYTHONPATH=path), _loopback(), _token(directory):
-            yield _start(cpus, dashboard, directory)
+            url = _start(cpus, dashboard, directory)
+        yield url
     finally:
         ray.shutdown()
         _forget_token()

@@ -139,7 +139,7 @@ from cluster.loop import run_units
 from cluster.pools import Pool
 from cluster.ray_group import RayGroup
 from cluster.session import ray_session
-from cluster.units import Unit
+from cluster.units import ClusterError, Unit
 
 def kill_head(mark):
     while not mark.exists():
