@@ -1,9 +1,10 @@
 """What a group of workers must do; everything else here is written against this face."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from cluster.scheduler import Event
+from cluster.events import Event, WorkerJoined
+from cluster.scheduler import State
 from cluster.units import FailureKind, Unit, UnitError
 
 Handler = Callable[[Any], dict]
@@ -22,15 +23,23 @@ def stay() -> bool:
 
 
 class WorkerGroup(Protocol):
-    """Workers that each do one unit at a time. Names are never used twice."""
+    """Workers that each do one unit at a time. Names are never used twice.
 
-    def workers(self) -> list[str]:
+    `patience`: seconds for which it makes sense to wait for a worker that can run what no present one can.
+    """
+
+    patience: float
+
+    def workers(self) -> list[WorkerJoined]:
         """The live ones that were ready before; those that become ready later join by an event."""
 
     def submit(self, worker: str, unit: Unit) -> None: ...
 
     def poll(self, timeout: float) -> list[Event]:
         """What has happened, as soon as anything has; an empty list after `timeout` seconds of nothing."""
+
+    def show(self, counts: Mapping[State, int]) -> None:
+        """Told after every round how the units stand, for whoever watches."""
 
     def close(self) -> None: ...
 

@@ -6,19 +6,10 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import TypeGuard
 
+from cluster.events import End, Event, GaveUp, Instruction, Status, StopRequested, UnitDone, UnitFailed
 from cluster.group import WorkerGroup
 from cluster.retry import exponential
-from cluster.scheduler import (
-    End,
-    Event,
-    Instruction,
-    Scheduler,
-    Status,
-    StopRequested,
-    UnitDone,
-    UnitFailed,
-    WorkerJoined,
-)
+from cluster.scheduler import Scheduler
 from cluster.units import Unit
 
 _ROUND = 0.2  # seconds between two looks at `should_stop`
@@ -65,6 +56,25 @@ class _Held:
         return min(_ROUND, max(0.0, self._heap[0][0] - time.monotonic())) if self._heap else _ROUND
 
 
+class _Patience:
+    """How long nothing has run because nobody who is there could."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._since: float | None = None
+
+    def lost(self, stuck: str | None) -> list[Event]:
+        if stuck is None:
+            self._since = None
+            return []
+        now = time.monotonic()
+        self._since = now if self._since is None else self._since
+        if now - self._since < self._seconds:
+            return []
+        waited = f" for {self._seconds:.0f} s" if self._seconds else ""
+        return [GaveUp(f"Nothing could run{waited}: {stuck}. Add machines for such workers, or ask for smaller ones.")]
+
+
 class _Run:
     """One scheduler and the group that carries out what it says."""
 
@@ -93,17 +103,19 @@ def run_units(
     units: Iterable[Unit],
     *,
     max_attempts: int = 3,
-    backoff: Callable[[int], float] = exponential,
+    backoff: Callable[[str, int], float] = exponential,
     on_event: Callable[[Event | Instruction], None] = ignore,
     should_stop: Callable[[], bool] = never,
 ) -> Outcome:
     """Returns when nothing runs any more, so that the group can be given the next set of units.
 
+    Where units are ready and nobody can run them, it waits for as long as the group says and then fails the run.
+
     `on_event` hears of every event as it arrives, and of every instruction before it is carried out.
     """
     run = _Run(group, list(units), max_attempts, on_event)
-    held = _Held()
-    arrived: list[Event] = [WorkerJoined(worker) for worker in group.workers()]
+    held, patience = _Held(), _Patience(group.patience)
+    arrived: list[Event] = [*group.workers()]
     while True:
         if not run.scheduler.draining and should_stop():
             arrived.append(StopRequested("Stopped on request."))
@@ -111,13 +123,14 @@ def run_units(
         for event in arrived:
             on_event(event)
             if _may_wait(event, run.scheduler):
-                held.add(event, backoff(run.scheduler.attempts(event.unit) + 1))
+                held.add(event, backoff(event.unit, run.scheduler.attempts(event.unit) + 1))
             else:
                 ripe.append(event)
         for event in ripe:
             if end := run.feed(event):
                 return Outcome(end.status, end.reason, run.results, end.unit, end.failures)
-        arrived = group.poll(held.timeout())
+        group.show(run.scheduler.counts)
+        arrived = patience.lost(run.scheduler.stuck) or group.poll(held.timeout())
 
 
 def _may_wait(event: Event, scheduler: Scheduler) -> TypeGuard[UnitFailed]:

@@ -1,83 +1,73 @@
 """Workers that are Ray actors: one process each, one unit at a time, on whatever machine has room."""
 
 import itertools
-import threading
-import traceback
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from cluster.group import Handler, Setup, failure_of, stay
-from cluster.scheduler import Event, UnitDone, UnitFailed, WorkerJoined, WorkerLost
-from cluster.session import check_room
-from cluster.units import ClusterError, FailureKind, Unit
+from cluster.actor import LEAVE_SECONDS, Failure, Presence, Returned
+from cluster.events import Event, UnitDone, UnitFailed, UnitReturned, WorkerJoined, WorkerLeaving, WorkerLost
+from cluster.group import Setup
+from cluster.lookout import Lookout, View
+from cluster.metrics import Metrics
+from cluster.pools import Pool, check_pools, check_room, places
+from cluster.scheduler import State
+from cluster.seat import Seat, take_seat
+from cluster.starts import Shortage, Starts
+from cluster.units import ClusterError, Unit
 
-_MAX_START_FAILURES = 3
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """An exception by its contents: itself it might not survive the way, or need a module that the driver lacks."""
-
-    kind: FailureKind
-    message: str
-    traceback: str
+_PLACE_SECONDS = 60.0  # for Ray to start a process where its own books say that there is room
+_AWAY_SECONDS = 5.0
 
 
-@ray.remote(concurrency_groups={"watch": 1}, max_restarts=0, max_task_retries=0)  # type: ignore[call-overload]
-class _Worker:
-    """`start` and `run` share the default group's one thread: what the setup sets for its thread holds for the units.
-    (The constructor would run on another one.)"""
-
-    def start(self, setup: Setup, name: str) -> _Failure | None:
-        try:
-            self._handler: Handler = setup(name, stay)
-        except Exception as error:
-            return _Failure(*failure_of(error), traceback.format_exc())
-        return None
-
-    def run(self, payload: Any) -> dict | _Failure:
-        try:
-            return self._handler(payload)
-        except Exception as error:
-            return _Failure(*failure_of(error), traceback.format_exc())
-
-    @ray.method(concurrency_group="watch")
-    def watch(self) -> None:
-        """Never returns. Its end tells that the process is gone: without a call under way nobody would notice the
-        loss of an idle worker until a unit had been spent on it."""
-        threading.Event().wait()
-
-
-@dataclass
-class _Seat:
-    """One worker as the driver sees it. `call` is what it does now: its start, or the unit."""
-
-    worker: str
-    actor: Any
-    watch: Any
-    call: Any
-    failures: int  # starts in a row before this one that came to nothing
-    unit: Unit | None = None
-    live: bool = False
+def silent(text: str) -> None:
+    pass
 
 
 class RayGroup:
-    """Replaces every worker that is lost. Close it to give the cluster's resources back."""
+    """As many workers as the pools ask for and the cluster has room for; they come and go with its machines.
 
-    def __init__(self, setup: Setup, workers: int, cpus_per_worker: float, gpus_per_worker: float = 0) -> None:
-        check_room(workers, cpus_per_worker, gpus_per_worker)
+    A worker that does not answer for `deadline` seconds is lost. `versions` are the driver's, as of `versions.here`:
+    a worker with others is not taken. `on_message` hears of what a person should know. Raises ClusterError where not
+    one worker of a pool fits; pools after the first may find no room. Close it to give the cluster's resources back.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        pools: Sequence[Pool],
+        *,
+        deadline: float = 60.0,
+        patience: float = 300.0,
+        versions: Mapping[str, str] | None = None,
+        on_message: Callable[[str], None] = silent,
+    ) -> None:
+        check_pools(pools)
+        self.patience = patience
         self._setup = setup
-        self._options = {"num_cpus": cpus_per_worker, "num_gpus": gpus_per_worker}
+        self._pools = pools
+        self._deadline = deadline
+        self._versions = dict(versions or {})
         self._names = (f"worker-{number}" for number in itertools.count())
-        self._seats: dict[str, _Seat] = {}
-        for _ in range(workers):
-            self._start(failures=0)
+        self._seats: dict[str, Seat] = {}
+        self._starts = Starts(on_message)
+        self._shortage = Shortage(on_message)
+        self._metrics = Metrics()
+        self._lookout = Lookout()
+        self._seen: View | None = None
+        self._polled = time.monotonic()
+        try:
+            check_room(pools[0], self._lookout.view.machines)
+            self._fill()
+        except BaseException:
+            self.close()
+            raise
 
-    def workers(self) -> list[str]:
-        return [seat.worker for seat in self._seats.values() if seat.live]
+    def workers(self) -> list[WorkerJoined]:
+        return [_joined(seat) for seat in self._seats.values() if seat.live and seat.leaving is None]
 
     def submit(self, worker: str, unit: Unit) -> None:
         seat = self._seats.get(worker)
@@ -88,76 +78,164 @@ class RayGroup:
         seat.unit, seat.call = unit, seat.actor.run.remote(unit.payload)
 
     def poll(self, timeout: float) -> list[Event]:
+        if self._lookout.gone:
+            raise ClusterError(
+                f"The cluster is lost: {self._lookout.gone}. What was committed stays; start the cluster again and repeat."
+            )
+        self._forgive()
         ready = self._ready(timeout)
-        events: list[Event] = []
-        for seat in list(self._seats.values()):
-            # The answer first: a unit that was done before its worker died is done.
-            if seat.call in ready:
-                events += self._answer(seat)
-            if seat.watch in ready and seat.worker in self._seats:
-                events += self._lose(seat, _end_of(seat.watch))
+        events = [event for seat in list(self._seats.values()) for event in self._news(seat, ready)]
+        events += self._look()
+        self._polled = time.monotonic()
+        self._metrics.count(events)
         return events
 
+    def show(self, counts: Mapping[State, int]) -> None:
+        self._metrics.units(counts)
+        self._metrics.workers(seat.pool.kind for seat in self._seats.values() if seat.live)
+
     def close(self) -> None:
+        self._lookout.close()
         for seat in self._seats.values():
-            ray.kill(seat.actor)
+            seat.end()
         self._seats.clear()
 
+    def _forgive(self) -> None:
+        # After a pause of this process (Ctrl-Z, say) the answers need a moment to come in.
+        away = time.monotonic() - self._polled
+        if away > _AWAY_SECONDS:
+            for seat in self._seats.values():
+                seat.asked += away
+
     def _ready(self, timeout: float) -> set[Any]:
-        refs = [ref for seat in self._seats.values() for ref in (seat.call, seat.watch) if ref is not None]
+        refs = [ref for s in self._seats.values() for ref in (s.call, s.watch, s.word) if ref is not None]
+        if not refs:
+            time.sleep(timeout)
+            return set()
         ray.wait(refs, num_returns=1, timeout=timeout)
         return set(ray.wait(refs, num_returns=len(refs), timeout=0)[0])
 
-    def _start(self, failures: int) -> None:
-        worker = next(self._names)
-        actor = _Worker.options(**self._options).remote()  # type: ignore[attr-defined]
-        watch, call = actor.watch.remote(), actor.start.remote(self._setup, worker)
-        self._seats[worker] = _Seat(worker, actor, watch, call, failures)
+    def _news(self, seat: Seat, ready: set[Any]) -> list[Event]:
+        events: list[Event] = []
+        steps = ((seat.call, self._answer), (seat.word, self._hear), (seat.watch, self._end_of_watch))
+        for ref, step in steps:  # the answer first: a unit that was done before its worker died is done
+            if ref in ready and seat.worker in self._seats:
+                events += step(seat)
+        return events + (self._overdue(seat) if seat.worker in self._seats else [])
 
-    def _answer(self, seat: _Seat) -> list[Event]:
+    def _answer(self, seat: Seat) -> list[Event]:
         call, seat.call = seat.call, None
         try:
             answer = ray.get(call)
         except RayTaskError as error:  # raised outside the handler, as by a result that cannot be pickled
-            answer = _Failure("retry", f"{type(error.cause).__name__}: {_first_line(error.cause)}", str(error))
+            answer = Failure("retry", f"{type(error.cause).__name__}: {_first_line(error.cause)}", str(error))
         except RayError as error:  # whatever else Ray says of a call means that its process cannot be counted on
-            return self._lose(seat, error)
+            return self._lose(seat, _cause(error))
         if seat.unit is None:
             return self._started(seat, answer)
-        unit, seat.unit = seat.unit, None
-        if isinstance(answer, _Failure):
+        events = self._unit_events(seat, seat.unit, answer)
+        seat.unit = None
+        return events if seat.leaving is None else [*events, *self._retire(seat)]
+
+    def _unit_events(self, seat: Seat, unit: Unit, answer: Any) -> list[Event]:
+        if isinstance(answer, Failure):
             return [UnitFailed(unit.name, seat.worker, answer.kind, answer.message, answer.traceback)]
+        if isinstance(answer, Returned):
+            return [*self._leaving(seat), UnitReturned(unit.name, seat.worker)]
         return [UnitDone(unit.name, seat.worker, answer)]
 
-    def _started(self, seat: _Seat, failure: _Failure | None) -> list[Event]:
-        if failure is None:
-            seat.live, seat.failures = True, 0
-            return [WorkerJoined(seat.worker)]
-        if failure.kind == "fatal":
-            raise ClusterError(f"A worker cannot start: {failure.message}")
-        self._replace(seat, failure.message)
+    def _started(self, seat: Seat, failure: Failure | None) -> list[Event]:
+        if failure is not None:
+            return self._lose(seat, failure.message, fatal=failure.kind == "fatal")
+        seat.live = True
+        self._starts.succeeded(seat.node)
+        return [_joined(seat)]
+
+    def _hear(self, seat: Seat) -> list[Event]:
+        word, seat.word = seat.word, None
+        seat.asked = time.monotonic()
+        try:
+            answer = ray.get(word)
+        except RayError as error:
+            return self._lose(seat, _cause(error))
+        if isinstance(answer, Presence):
+            seat.present(answer)
         return []
 
-    def _lose(self, seat: _Seat, error: Exception) -> list[Event]:
-        reason = _cause(error)
-        self._replace(seat, reason)
-        return [WorkerLost(seat.worker, reason)] if seat.live else []
+    def _end_of_watch(self, seat: Seat) -> list[Event]:
+        watch, seat.watch = seat.watch, None
+        try:
+            ray.get(watch)
+        except RayError as error:
+            return self._lose(seat, _cause(error))
+        return self._told_to_leave(seat)
 
-    def _replace(self, seat: _Seat, reason: str) -> None:
+    def _overdue(self, seat: Seat) -> list[Event]:
+        now = time.monotonic()
+        if seat.leaving is not None and now - seat.leaving > LEAVE_SECONDS:
+            return self._lose(seat, f"did not give its unit back within {LEAVE_SECONDS:.0f} s of being told to leave")
+        waited = now - seat.asked
+        if seat.word is None:
+            if waited > self._deadline / 4:
+                seat.ping()
+        elif seat.placed and waited > self._deadline:
+            return self._lose(seat, f"has not answered for {self._deadline:g} s")
+        elif not seat.placed and waited > _PLACE_SECONDS:
+            self._starts.no_room(seat.node, f"a worker of {seat.pool.cpus:g} CPUs and {seat.pool.gpus:g} GPUs")
+            self._end(seat)
+        return []
+
+    def _look(self) -> list[Event]:
+        view = self._lookout.view
+        if view is self._seen:
+            return []
+        draining = [seat for seat in self._seats.values() if seat.node in view.draining and seat.leaving is None]
+        events: list[Event] = []
+        for seat in draining:
+            seat.actor.leave.remote()
+            events += self._told_to_leave(seat)
+        self._fill()
+        return events
+
+    def _fill(self) -> None:
+        self._seen = view = self._lookout.view
+        seated = [seat.seated for seat in self._seats.values()]
+        for pool, node in places(self._pools, view.machines, seated, self._starts.barred()):
+            worker = next(self._names)
+            self._seats[worker] = take_seat(worker, pool, node, self._setup, self._versions)
+        for pool in self._pools:
+            self._shortage.note(pool, sum(seat.pool == pool for seat in self._seats.values()))
+
+    def _told_to_leave(self, seat: Seat) -> list[Event]:
+        events = self._leaving(seat)
+        return events if seat.unit is not None else [*events, *self._retire(seat)]
+
+    def _leaving(self, seat: Seat) -> list[Event]:
+        if seat.leaving is not None:
+            return []
+        seat.leaving = time.monotonic()
+        return [WorkerLeaving(seat.worker)] if seat.live else []
+
+    def _retire(self, seat: Seat) -> list[Event]:
+        self._end(seat)
+        return [WorkerLost(seat.worker, "it was told to leave, and left")] if seat.live else []
+
+    def _lose(self, seat: Seat, reason: str, *, fatal: bool = False) -> list[Event]:
+        self._end(seat)
+        if seat.live:
+            return [WorkerLost(seat.worker, reason)]
+        self._starts.failed(seat.node, reason, fatal=fatal)
+        if not any(other.live for other in self._seats.values()):
+            self._starts.check_hope([machine.node for machine in self._lookout.view.machines])
+        return []
+
+    def _end(self, seat: Seat) -> None:
         del self._seats[seat.worker]
-        ray.kill(seat.actor)  # it may live on behind a broken connection, and hold what its replacement needs
-        failures = 0 if seat.live else seat.failures + 1
-        if failures == _MAX_START_FAILURES:
-            raise ClusterError(f"A worker failed to start {failures} times in a row; the last time: {reason}")
-        self._start(failures)
+        seat.end()
 
 
-def _end_of(watch: Any) -> Exception:
-    try:
-        ray.get(watch)
-    except RayError as error:
-        return error
-    return RuntimeError("the watch of a worker returned")
+def _joined(seat: Seat) -> WorkerJoined:
+    return WorkerJoined(seat.worker, seat.pool.kind, seat.memory)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,13 +1,17 @@
 """How long a unit that failed waits for its next attempt."""
 
+from hashlib import sha256
 
-def exponential(failures: int) -> float:
-    """Seconds after the given number of failures: 1, 2, 4 … up to a minute.
 
-    Without jitter: only single units wait, and a run stays the same when it is repeated.
+def exponential(unit: str, failures: int) -> float:
+    """Seconds after the given number of failures: 1, 2, 4 … up to a minute, times a factor in [0.5, 1.5).
+
+    The factor keeps units that failed together from coming back together; taken from the names, it is the same when a
+    run is repeated.
     """
-    return float(min(60, 2 ** (failures - 1)))
+    digest = sha256(f"{unit} {failures}".encode()).digest()
+    return float(min(60, 2 ** (failures - 1))) * (0.5 + int.from_bytes(digest[:4], "big") / 2**32)
 
 
-def immediate(failures: int) -> float:
+def immediate(unit: str, failures: int) -> float:
     return 0.0

@@ -5,78 +5,32 @@ always give the same instructions.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from types import MappingProxyType
-from typing import Literal
 
+from cluster.events import (
+    Assign,
+    End,
+    Event,
+    GaveUp,
+    Instruction,
+    Status,
+    StopRequested,
+    UnitDone,
+    UnitFailed,
+    UnitReturned,
+    WorkerJoined,
+    WorkerLeaving,
+    WorkerLost,
+)
 from cluster.placement import Placement
+from cluster.plan import Plan
 from cluster.units import FailureKind, Unit
 
 # A machine that is taken away says nothing against the unit it ran, so losses have a limit of their own: it only stops a unit
 # that itself brings its worker down, by its memory say.
 MAX_LOSSES = 20
-Status = Literal["done", "replan", "failed", "interrupted"]
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerJoined:
-    """A worker is there and idle. Names are never used twice: a lost worker's replacement has another one."""
-
-    worker: str
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerLost:
-    worker: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class UnitDone:
-    unit: str
-    worker: str
-    result: dict
-
-
-@dataclass(frozen=True, slots=True)
-class UnitFailed:
-    """`traceback` is the worker's own, for the log alone."""
-
-    unit: str
-    worker: str
-    kind: FailureKind
-    message: str
-    traceback: str = field(default="", repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class StopRequested:
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Assign:
-    unit: str
-    worker: str
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """Nothing runs any more and nothing will be handed out.
-
-    `unit` is the one that failed for good, after all its attempts or losses: those `failures`. None if no single unit did.
-    """
-
-    status: Status
-    reason: str
-    unit: str | None = field(default=None, compare=False)
-    failures: int = field(default=0, compare=False)
-
-
-Event = WorkerJoined | WorkerLost | UnitDone | UnitFailed | StopRequested
-Instruction = Assign | End
 
 
 class State(Enum):
@@ -96,18 +50,19 @@ class Scheduler:
         self._units = list(units)
         self._max_attempts = max_attempts
         self._max_losses = max_losses
-        self._places = _places(self._units)
-        self._missing, self._dependents = _graph(self._units, self._places)
-        _check_acyclic(self._units, self._places, self._missing, self._dependents)
+        self._plan = Plan(self._units)
+        self._places = self._plan.places
+        self._missing, self._dependents = list(self._plan.missing), self._plan.dependents
         self._state = [State.WAITING] * len(self._units)
         self._counts = Counter(dict.fromkeys(State, 0))
         self._counts[State.WAITING] = len(self._units)
         self._attempts: Counter[int] = Counter()
         self._losses: Counter[int] = Counter()
         self._workers: set[str] = set()
+        self._leaving: set[str] = set()
         self._lost: set[str] = set()
         self._running: dict[str, int] = {}
-        self._placement = Placement(self._units)
+        self._placement = Placement(self._units, self._plan)
         self._drain: End | None = None
         self._ended = False
         for place, missing in enumerate(self._missing):
@@ -127,6 +82,23 @@ class Scheduler:
     def draining(self) -> bool:
         return self._drain is not None
 
+    @property
+    def workers(self) -> int:
+        """How many are there, those that are leaving among them."""
+        return len(self._workers)
+
+    @property
+    def stuck(self) -> str | None:
+        """Why nothing runs though units are ready: nobody who is there can run them. None where something runs."""
+        if self._ended or self.draining or self._running or not self._placement.ready:
+            return None
+        first = self._units[self._plan.by_rank[min(self._placement.ready)]]
+        there = len(self._workers - self._leaving)
+        return (
+            f"{len(self._placement.ready)} units are ready, but none of the {there} workers there can run one; "
+            f"the first, {first.name}, needs a worker of {_needs(first)}"
+        )
+
     def attempts(self, unit: str) -> int:
         """How many attempts of the unit have failed so far."""
         return self._attempts[self._places[unit]]
@@ -140,8 +112,10 @@ class Scheduler:
         if self._ended:
             return []
         match event:
-            case WorkerJoined(worker):
-                self._join(worker)
+            case WorkerJoined(worker, kind, memory):
+                self._join(worker, kind, memory)
+            case WorkerLeaving(worker):
+                self._leave(worker)
             case WorkerLost(worker, reason):
                 self._lose(worker, reason)
             case UnitDone(unit, worker):
@@ -150,21 +124,32 @@ class Scheduler:
             case UnitFailed(unit, worker, kind, message):
                 if self.runs(unit, worker):
                     self._fail(worker, kind, message)
+            case UnitReturned(unit, worker):
+                if self.runs(unit, worker):
+                    self._make_ready(self._free(worker))
+            case GaveUp(reason):
+                self._start_drain("failed", reason)
             case StopRequested(reason):
                 self._start_drain("interrupted", reason)
         return self._instructions()
 
-    def _join(self, worker: str) -> None:
+    def _join(self, worker: str, kind: str | None, memory: int) -> None:
         # A lost worker never comes back under its name, so a join that arrives after the loss is only late.
         if worker not in self._workers and worker not in self._lost:
             self._workers.add(worker)
-            self._placement.add_worker(worker)
+            self._placement.add_worker(worker, kind, memory)
+
+    def _leave(self, worker: str) -> None:
+        if worker in self._workers:
+            self._leaving.add(worker)
+            self._placement.remove_worker(worker)
 
     def _lose(self, worker: str, reason: str) -> None:
         self._lost.add(worker)
         if worker not in self._workers:
             return
         self._workers.remove(worker)
+        self._leaving.discard(worker)
         self._placement.remove_worker(worker)
         if worker in self._running:
             place = self._running.pop(worker)
@@ -206,12 +191,13 @@ class Scheduler:
         self._drain = self._drain or End(status, reason)
 
     def _free(self, worker: str) -> int:
-        self._placement.add_worker(worker)
+        if worker not in self._leaving:
+            self._placement.free_worker(worker)
         return self._running.pop(worker)
 
     def _make_ready(self, place: int) -> None:
         self._move(place, State.READY)
-        self._placement.add_unit(place)
+        self._placement.add_unit(self._plan.ranks[place])
 
     def _move(self, place: int, state: State) -> None:
         self._counts[self._state[place]] -= 1
@@ -225,7 +211,7 @@ class Scheduler:
             return [] if self._running else self._end(self._drain)
         assigned: list[Instruction] = []
         while pair := self._placement.next_pair():
-            worker, place = pair
+            worker, place = pair[0], self._plan.by_rank[pair[1]]
             self._running[worker] = place
             self._move(place, State.RUNNING)
             assigned.append(Assign(self._units[place].name, worker))
@@ -241,15 +227,19 @@ class Scheduler:
         _hold(
             self._counts == {state: len(places) for state, places in of_state.items()}, "counts differ from the states"
         )
-        _hold(self._placement.ready == of_state[State.READY], "the ready units and the placement differ")
+        ready = {self._plan.by_rank[rank] for rank in self._placement.ready}
+        _hold(ready == of_state[State.READY], "the ready units and the placement differ")
         _hold(sorted(self._running.values()) == sorted(of_state[State.RUNNING]), "units and workers are not one to one")
-        _hold(self._workers == self._placement.idle.keys() | self._running.keys(), "a worker is neither idle nor busy")
-        _hold(not self._placement.idle.keys() & self._running.keys(), "a worker is idle and busy")
+        idle, busy = self._placement.idle, self._running.keys()
+        _hold(self._workers == idle | busy | self._leaving, "a worker is neither idle nor busy nor leaving")
+        _hold(not idle & busy, "a worker is idle and busy")
+        _hold(not idle & self._leaving, "a leaving worker is offered units")
         _hold(not self._workers & self._lost, "a lost worker is still counted")
         for place, state in enumerate(self._state):
             self._validate_unit(place, state, of_state[State.DONE])
         stopped = self.draining or self._ended
-        _hold(stopped or not (self._placement.idle and self._placement.ready), "a worker idles beside a ready unit")
+        could = any(self._placement.can_run(worker, rank) for worker in idle for rank in self._placement.ready)
+        _hold(stopped or not could, "a worker idles beside a ready unit that it can run")
         _hold(not (self._ended and self._running), "a unit runs after the end")
         _hold(self._ended or not self.draining or bool(self._running), "drained, but no end was given")
 
@@ -270,52 +260,6 @@ def _hold(condition: bool, message: str) -> None:
         raise AssertionError(message)
 
 
-def _places(units: Sequence[Unit]) -> dict[str, int]:
-    places = {unit.name: place for place, unit in enumerate(units)}
-    if len(places) < len(units):
-        twice = [name for name, count in Counter(unit.name for unit in units).items() if count > 1]
-        raise ValueError(f"Unit names must be unique; given more than once: {_listed(twice)}.")
-    return places
-
-
-def _graph(units: Sequence[Unit], places: Mapping[str, int]) -> tuple[list[int], list[list[int]]]:
-    """For each unit how many dependencies it waits for, and which units wait for it."""
-    missing = [0] * len(units)
-    dependents: list[list[int]] = [[] for _ in units]
-    for place, unit in enumerate(units):
-        for name in dict.fromkeys(unit.depends_on):
-            if name not in places:
-                raise ValueError(f"Unit {unit.name} depends on {name}, which is not among the units.")
-            dependents[places[name]].append(place)
-            missing[place] += 1
-    return missing, dependents
-
-
-def _check_acyclic(
-    units: Sequence[Unit], places: Mapping[str, int], missing: Sequence[int], dependents: Sequence[Sequence[int]]
-) -> None:
-    left = list(missing)
-    free = [place for place, count in enumerate(left) if not count]
-    for place in free:  # grows while it is walked
-        for dependent in dependents[place]:
-            left[dependent] -= 1
-            if not left[dependent]:
-                free.append(dependent)
-    if len(free) < len(units):
-        stuck = {place for place, count in enumerate(left) if count}
-        raise ValueError(f"Units wait for each other in a circle: {_circle(units, places, stuck)}.")
-
-
-def _circle(units: Sequence[Unit], places: Mapping[str, int], stuck: set[int]) -> str:
-    """Every stuck unit depends on a stuck one, so walking up from any must come round."""
-    path = [min(stuck)]
-    while True:
-        before = next(places[name] for name in units[path[-1]].depends_on if places[name] in stuck)
-        if before in path:
-            names = [units[place].name for place in [*path[path.index(before) :], before]]
-            return " waits for ".join(names)
-        path.append(before)
-
-
-def _listed(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _needs(unit: Unit) -> str:
+    kind = f"kind {unit.kind}" if unit.kind else "any kind"
+    return f"{kind} with {unit.memory / 2**30:.1f} GiB" if unit.memory else kind

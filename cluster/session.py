@@ -2,18 +2,21 @@
 
 import logging
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 from cluster import guard
 from cluster.units import ClusterError
@@ -24,16 +27,25 @@ _OBJECT_STORE = 128 * 2**20  # payloads and results are small: what units read a
 
 
 @contextmanager
-def ray_session(address: str | None, cpus: int | None = None) -> Iterator[None]:
+def ray_session(
+    address: str | None,
+    cpus: int | None = None,
+    *,
+    dashboard: bool = False,
+    on_message: Callable[[str], None] = lambda text: None,
+) -> Iterator[None]:
     """None or "local" starts a private Ray on 127.0.0.1 with `cpus` CPUs (all there are by default) and ends it after;
-    anything else ("auto", "host:port", "ray://host:port") connects to a running cluster."""
+    anything else ("auto", "host:port", "ray://host:port") connects to a running cluster. A private Ray listens on
+    127.0.0.1 alone and takes nobody without its token. `on_message` hears the dashboard's address, if there is one."""
     local = address is None or address == "local"
-    with _private_ray(cpus) if local else _connection(str(address)):
+    with _private_ray(cpus, dashboard) if local else _connection(str(address)) as url:
+        if url:
+            on_message(f"Ray dashboard: http://{url}")
         yield
 
 
 @contextmanager
-def _private_ray(cpus: int | None) -> Iterator[None]:
+def _private_ray(cpus: int | None, dashboard: bool) -> Iterator[str]:
     directory = _directory()
     command = [sys.executable, "-I", guard.__file__, directory]
     # A session of its own, or Ctrl-C would end the guard together with those it guards against.
@@ -41,40 +53,74 @@ def _private_ray(cpus: int | None) -> Iterator[None]:
     try:
         # The workers must find the handlers' modules wherever the driver found them.
         path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-        with _environment(RAY_USAGE_STATS_ENABLED="0", PYTHONPATH=path), _loopback():
-            _init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE,
-                _temp_dir=directory,
-            )
-        yield
+        with _environment(RAY_USAGE_STATS_ENABLED="0", PYTHONPATH=path), _loopback(), _token(directory):
+            url = _start(cpus, dashboard, directory)
+        yield url
     finally:
         ray.shutdown()
+        _forget_token()
         watcher.communicate()
 
 
+def _start(cpus: int | None, dashboard: bool, directory: str) -> str:
+    try:
+        return _init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=dashboard,
+            dashboard_host="127.0.0.1",
+            object_store_memory=_OBJECT_STORE,
+            _temp_dir=directory,
+        )
+    except Exception as error:
+        if dashboard and "dashboard" in str(error):
+            raise ClusterError(
+                f"Ray cannot start its dashboard ({_first_line(str(error))}): "
+                "install it with `pip install 'ray[default]'`, or do without (cluster.dashboard: false)."
+            ) from error
+        raise
+
+
 @contextmanager
-def _connection(address: str) -> Iterator[None]:
+def _connection(address: str) -> Iterator[str]:
     if address != "auto":
         _check_listens(address)
     try:
-        _init(address=address)
+        # A Ray that was started on loopback is nowhere else.
+        with _loopback() if address.startswith(("127.", "localhost:")) else nullcontext():
+            url = _init(address=address)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise _nobody(address, str(error)) from error
+        raise _refusal(address, error) from error
     try:
-        yield
+        yield url
     finally:
         ray.shutdown()
 
 
-def _init(**options: Any) -> None:
+def _init(**options: Any) -> str:
     before = signal.getsignal(signal.SIGTERM)
-    ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    context = ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     # Ray's core takes SIGTERM for itself, prints addresses and ends the process: the caller's handler would never run.
     if before is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, before)
+    return getattr(context, "dashboard_url", None) or ""
+
+
+@contextmanager
+def _token(directory: str) -> Iterator[None]:
+    """A fresh one for the processes of this session: it is in a file that only we can read, and goes with the session."""
+    path = Path(directory) / "token"
+    path.touch(mode=0o600)
+    path.write_text(secrets.token_hex(32))
+    with _environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(path), RAY_AUTH_TOKEN=None):
+        _forget_token()
+        yield
+
+
+def _forget_token() -> None:
+    """Ray's core reads mode and token once a process; in this order, or a late thread finds the mode without the token."""
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _directory() -> str:
@@ -86,17 +132,21 @@ def _directory() -> str:
 
 
 @contextmanager
-def _environment(**values: str) -> Iterator[None]:
+def _environment(**values: str | None) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
+    _set_environment(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        _set_environment(before)
+
+
+def _set_environment(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @contextmanager
@@ -123,38 +173,34 @@ def _check_listens(address: str) -> None:
         raise _nobody(address, str(error)) from error
 
 
+def _refusal(address: str, error: Exception) -> ClusterError:
+    if isinstance(error, ray.exceptions.AuthenticationError):
+        return ClusterError(
+            f"The Ray cluster at {address} asks for a token that this process lacks or has wrong: set RAY_AUTH_MODE=token "
+            "and RAY_AUTH_TOKEN_PATH to a file with the cluster's token."
+        )
+    if "ersion mismatch" in str(error):
+        return ClusterError(
+            f"The Ray cluster at {address} runs other versions than this driver ({_told_versions(str(error))}): "
+            "install the same Ray and Python on both."
+        )
+    return _nobody(address, str(error))
+
+
+def _told_versions(text: str) -> str:
+    """Ray lists them on lines of their own: Ray: 2.60.0, Python: 3.11.9, of the cluster and then of this process."""
+    told = [line.strip() for line in text.splitlines() if line.strip().startswith(("Ray:", "Python:"))]
+    half = len(told) // 2
+    return f"there {', '.join(told[:half])}; here {', '.join(told[half:])}" if half else _first_line(text)
+
+
 def _nobody(address: str, why: str) -> ClusterError:
-    reason = why.splitlines()[0].rstrip(".") if why else "no reason given"
+    reason = _first_line(why) if why else "no reason given"
     return ClusterError(
         f"No Ray cluster answers at {address} ({reason}); "
         "start one with `ray start --head`, or leave the address out to run on this machine."
     )
 
 
-def default_workers(cpus_per_worker: float, gpus_per_worker: float) -> int:
-    """As many as the machines of the cluster have room for."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return sum(_room(node, cpus_per_worker, gpus_per_worker) for node in nodes)
-
-
-def _room(node: dict[str, float], cpus: float, gpus: float) -> int:
-    # Machine by machine: a worker cannot use the rests of two.
-    asked = [(node.get("CPU", 0.0), cpus), (node.get("GPU", 0.0), gpus)]
-    return min(int(there / each) for there, each in asked if each > 0)
-
-
-def check_room(workers: int, cpus_per_worker: float, gpus_per_worker: float) -> None:
-    """Ray waits silently, and for ever, for resources that a cluster does not have."""
-    if workers < 1 or cpus_per_worker < 0 or gpus_per_worker < 0 or not (cpus_per_worker or gpus_per_worker):
-        raise ClusterError(
-            f"{workers} workers of {cpus_per_worker:g} CPUs and {gpus_per_worker:g} GPUs were asked for; "
-            "at least one worker is needed, and each needs a CPU, a GPU or a part of one."
-        )
-    room = default_workers(cpus_per_worker, gpus_per_worker)
-    if workers > room:
-        there = ray.cluster_resources()
-        raise ClusterError(
-            f"{workers} workers of {cpus_per_worker:g} CPUs and {gpus_per_worker:g} GPUs each were asked for, but the "
-            f"cluster has room for {room} ({there.get('CPU', 0):g} CPUs, {there.get('GPU', 0):g} GPUs): "
-            "ask for fewer or smaller workers, or add machines."
-        )
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0].rstrip(".")

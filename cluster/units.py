@@ -10,8 +10,9 @@ FailureKind = Literal["retry", "replan", "fatal"]
 class Unit:
     """One piece of work that may run anywhere, may run twice, and leaves its real outcome on storage.
 
-    `priority` orders the ready units (smaller first; declaration order breaks ties). Units of one `affinity` are
-    cheaper on the worker that ran one of them last, because it still holds what they share.
+    `priority` orders the ready units (smaller first; ties go to the longest chain of dependants, then to the declaration). Units of one `affinity` are
+    cheaper on the worker that ran one of them last, because it still holds what they share. `kind` is the class of
+    workers it needs (None: any), `memory` the bytes it needs there.
     """
 
     name: str
@@ -19,6 +20,8 @@ class Unit:
     depends_on: tuple[str, ...] = ()
     priority: tuple[int, ...] = ()
     affinity: str | None = None
+    kind: str | None = None
+    memory: int = 0
 
 
 class UnitError(Exception):

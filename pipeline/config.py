@@ -151,9 +151,16 @@ class ClusterConfig(Section):
     address: str | None = Field(
         None, description="a Ray cluster (host:port, auto, ray://…); null: start Ray on this machine"
     )
-    workers: int | None = Field(None, ge=1, description="actors; null: as many as the cluster's CPUs and GPUs allow")
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description="most actors that train; null: as many as the cluster has room for, machines that join too",
+    )
+    cpu_workers: int = Field(0, ge=0, description="further actors without a GPU, for the merge")
     cpus_per_worker: float = Field(1, gt=0)
-    gpus_per_worker: float = Field(0, ge=0)
+    gpus_per_worker: float = Field(0, ge=0, description="a part of one counts")
+    deadline_seconds: float = Field(60, ge=2, description="an actor that does not answer for so long is lost")
+    dashboard: bool = Field(False, description="start Ray's dashboard, on 127.0.0.1; needs ray[default]")
     max_attempts: int = Field(
         3,
         ge=1,

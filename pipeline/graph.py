@@ -26,6 +26,8 @@ from pipeline.worker import Chunk, Task
 # Artifacts that are deleted once their last reader has committed.
 TRANSIENT = ("hidden", "stream", "state", "partial")
 KINDS = (*TRANSIENT, "quarantine", "quantized", "evaluation", "shard")
+# Sums on a CPU and on a GPU differ: all units but the merge, which computes nothing, go to one kind of workers.
+TRAIN = "train"
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Graph:
                 depends_on=tuple(sorted({producers[a.path] for a in node.reads if a.path in producers})),
                 priority=node.priority,
                 affinity=node.affinity,
+                kind=None if node.stage == "merge" else TRAIN,
             )
             for node in chosen
         ]

@@ -14,17 +14,19 @@ from typing import Any
 
 import torch
 
+from cluster import versions
 from cluster.group import WorkerGroup
 from cluster.inline import InlineGroup
+from cluster.pools import Pool
 from cluster.ray_group import RayGroup
-from cluster.session import default_workers, ray_session
+from cluster.session import ray_session
 from cluster.units import ClusterError
 from pipeline.artifacts import collect_garbage
-from pipeline.config import RunConfig
+from pipeline.config import ClusterConfig, RunConfig
 from pipeline.driver import Driver, GaveUpError, StoppedError
 from pipeline.errors import UserError
 from pipeline.estimate import human_bytes
-from pipeline.graph import KINDS, Graph, Inputs, build_graph
+from pipeline.graph import KINDS, TRAIN, Graph, Inputs, build_graph
 from pipeline.identity import package_version
 from pipeline.lease import hold
 from pipeline.merge import checkpoint_layout, plan_shards, quantized_linears, shard_file, withdraw
@@ -36,6 +38,8 @@ from pipeline.watch import watching
 from pipeline.worker import Context, make_handler
 
 PLAN_FILE = "plan.json"
+# Driver and workers exchange pickles of these, and other versions of them may round otherwise.
+COMPARED = ("ray", "torch", "transformers", "lsi-quant")
 
 
 @dataclass
@@ -52,17 +56,29 @@ class Finished:
     units: dict[str, list[Any]] = field(default_factory=dict)
 
 
+def worker_pools(config: ClusterConfig) -> list[Pool]:
+    """Workers that train, and those that do what needs no GPU."""
+    train = Pool(TRAIN, config.cpus_per_worker, config.gpus_per_worker, most=config.workers)
+    return [train, Pool("cpu", config.cpus_per_worker, most=config.cpu_workers)] if config.cpu_workers else [train]
+
+
 @contextmanager
 def ray_workers(config: RunConfig, context: Context, report: Reporter) -> Iterator[WorkerGroup]:
     """Actors on a private Ray or on the cluster of the configuration."""
     cluster = config.cluster
     # A private Ray is given as many CPUs as its workers ask for: fewer cores than that only make it slower.
-    cpus = None if cluster.workers is None else max(1, math.ceil(cluster.workers * cluster.cpus_per_worker))
+    asked = (cluster.workers or 0) + cluster.cpu_workers
+    cpus = None if cluster.workers is None else max(1, math.ceil(asked * cluster.cpus_per_worker))
     try:
-        with ray_session(cluster.address, cpus):
-            workers = cluster.workers or max(1, default_workers(cluster.cpus_per_worker, cluster.gpus_per_worker))
-            report.message(f"{workers} Ray actors at {cluster.address or 'this machine'}")
-            group = RayGroup(partial(make_handler, context), workers, cluster.cpus_per_worker, cluster.gpus_per_worker)
+        with ray_session(cluster.address, cpus, dashboard=cluster.dashboard, on_message=report.message):
+            report.message(f"Ray actors at {cluster.address or 'this machine'}")
+            group = RayGroup(
+                partial(make_handler, context),
+                worker_pools(cluster),
+                deadline=cluster.deadline_seconds,
+                versions=versions.here(COMPARED),
+                on_message=report.message,
+            )
             try:
                 yield group
             finally:

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from cluster.group import Handler, ShouldYield, stay
-from cluster.units import UnitError
+from cluster.units import UnitError, YieldUnit
 
 
 def setup(worker: str, should_yield: ShouldYield = stay) -> Handler:
     def handle(payload: dict[str, Any]) -> dict:
-        return ACTIONS[payload["do"]](payload) | {"worker": worker, "pid": os.getpid()}
+        action = ACTIONS[payload["do"]]
+        result = action(payload, should_yield) if action is _yield_when_told else action(payload)
+        return result | {"worker": worker, "pid": os.getpid()}
 
     return handle
 
@@ -32,14 +34,36 @@ def _crash(payload: dict[str, Any]) -> dict:
     raise ZeroDivisionError("by nothing")
 
 
-def _report_then_sleep(payload: dict[str, Any]) -> dict:
-    """Sleeps on the first attempt alone, so that the test can end the process in the middle of it."""
+def _report(payload: dict[str, Any]) -> bool:
+    """Whether this is the first attempt: tests do something to its process in the middle of it."""
     mark = Path(payload["mark"])
-    if not mark.exists():
-        mark.with_suffix(".part").write_text(str(os.getpid()))
-        mark.with_suffix(".part").rename(mark)
+    if mark.exists():
+        return False
+    mark.with_suffix(".part").write_text(str(os.getpid()))
+    mark.with_suffix(".part").rename(mark)
+    return True
+
+
+def _report_then_sleep(payload: dict[str, Any]) -> dict:
+    if _report(payload):
         time.sleep(60)
     return {}
+
+
+def _report_then_linger(payload: dict[str, Any]) -> dict:
+    """Comes to an end soon, unless it is stopped; in short sleeps, as a stopped process sleeps on."""
+    if _report(payload):
+        for _ in range(100):
+            time.sleep(0.01)
+    return {}
+
+
+def _yield_when_told(payload: dict[str, Any], should_yield: ShouldYield) -> dict:
+    if _report(payload):
+        while not should_yield():
+            time.sleep(0.01)
+        raise YieldUnit
+    return {"went on from": int(Path(payload["mark"]).read_text())}
 
 
 def _nothing(payload: dict[str, Any]) -> dict:
@@ -50,10 +74,12 @@ def _unpicklable(payload: dict[str, Any]) -> dict:
     return {"lambda": (i for i in ())}
 
 
-ACTIONS = {
+ACTIONS: dict[str, Any] = {
     "nothing": _nothing,
     "fail": _fail,
     "crash": _crash,
     "sleep": _report_then_sleep,
+    "linger": _report_then_linger,
+    "yield": _yield_when_told,
     "unpicklable": _unpicklable,
 }

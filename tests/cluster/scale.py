@@ -7,7 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from cluster.scheduler import Assign, Event, Scheduler, UnitDone, WorkerJoined
+from cluster.events import Assign, Event, UnitDone, WorkerJoined
+from cluster.scheduler import Scheduler
 from cluster.units import Unit
 
 WORKERS = 1000

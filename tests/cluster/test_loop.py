@@ -1,14 +1,15 @@
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 
+from cluster.events import End, Event, Instruction, UnitDone, UnitFailed, WorkerJoined, WorkerLost
 from cluster.group import Handler
 from cluster.inline import InlineGroup
 from cluster.loop import run_units
 from cluster.retry import exponential, immediate
-from cluster.scheduler import End, Event, Instruction, UnitDone, UnitFailed, WorkerJoined, WorkerLost
+from cluster.scheduler import State
 from cluster.units import Unit, UnitError
 
 
@@ -60,15 +61,22 @@ def test_attempts_run_out() -> None:
 
 
 def test_backoff_delays_by_the_count_of_failures() -> None:
-    asked: list[int] = []
+    asked: list[tuple[str, int]] = []
 
-    def backoff(failures: int) -> float:
-        asked.append(failures)
+    def backoff(unit: str, failures: int) -> float:
+        asked.append((unit, failures))
         return 0.05
 
     assert run_units(group_of(flaky(2, OSError())), [Unit("a", 0)], backoff=backoff).status == "done"
-    assert asked == [1, 2]
-    assert [exponential(n) for n in (1, 2, 3, 10)] == [1, 2, 4, 60]
+    assert asked == [("a", 1), ("a", 2)]
+
+
+def test_waiting_doubles_up_to_a_minute_and_units_do_not_come_back_together() -> None:
+    for failures, seconds in ((1, 1), (2, 2), (3, 4), (10, 60)):
+        waits = [exponential(f"u{i}", failures) for i in range(100)]
+        assert all(0.5 * seconds <= wait < 1.5 * seconds for wait in waits)
+        assert len(set(waits)) == 100
+    assert exponential("a", 2) == exponential("a", 2)
 
 
 @pytest.mark.parametrize(("kind", "status"), [("replan", "replan"), ("fatal", "failed")])
@@ -97,8 +105,12 @@ class ScriptedGroup:
     def __init__(self) -> None:
         self.given: list[tuple[str, str]] = []
 
-    def workers(self) -> list[str]:
-        return ["w0"]
+    patience = 60.0
+
+    def workers(self) -> list[WorkerJoined]:
+        return [WorkerJoined("w0")]
+
+    def show(self, counts: Mapping[State, int]) -> None: ...
 
     def submit(self, worker: str, unit: Unit) -> None:
         self.given.append((worker, unit.name))
@@ -120,3 +132,17 @@ def test_results_of_lost_workers_do_not_count() -> None:
 def test_unit_error_survives_pickling() -> None:
     error = pickle.loads(pickle.dumps(UnitError("replan", "gone")))
     assert (error.kind, error.message, str(error)) == ("replan", "gone", "gone")
+
+
+def test_what_nobody_can_run_ends_the_run_with_a_sentence() -> None:
+    class Small(InlineGroup):
+        def workers(self) -> list[WorkerJoined]:
+            return [WorkerJoined(worker.worker, "cpu", 2**30) for worker in super().workers()]
+
+    plan = [Unit("a", 0), Unit("b", 0, ("a",), kind="train"), Unit("c", 0, memory=3 * 2**30)]
+    outcome = run_units(Small(lambda worker, should_yield: lambda payload: {}), plan)
+    assert (outcome.status, list(outcome.results)) == ("failed", ["a"])
+    assert outcome.reason == (
+        "Nothing could run: 2 units are ready, but none of the 1 workers there can run one; the first, b, needs a worker of "
+        "kind train. Add machines for such workers, or ask for smaller ones."
+    )

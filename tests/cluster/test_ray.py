@@ -2,27 +2,30 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import handlers
 import psutil
 import pytest
+import ray
 
-from cluster import guard
+from cluster import guard, seat, versions
+from cluster.events import Event, Instruction, UnitFailed, UnitReturned, WorkerLeaving, WorkerLost
 from cluster.group import Setup
 from cluster.loop import run_units
+from cluster.pools import Pool
 from cluster.ray_group import RayGroup
 from cluster.retry import immediate
-from cluster.scheduler import Event, Instruction, UnitFailed, WorkerLost
-from cluster.session import default_workers, ray_session
+from cluster.session import ray_session
 from cluster.units import ClusterError, Unit
 
 pytestmark = pytest.mark.ray
@@ -36,7 +39,7 @@ def session() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def group(session: None) -> Iterator[RayGroup]:
-    group = RayGroup(handlers.setup, workers=2, cpus_per_worker=0.5)
+    group = RayGroup(handlers.setup, [Pool(cpus=0.5, most=2)])
     yield group
     group.close()
 
@@ -111,6 +114,102 @@ def test_the_loss_of_an_idle_worker_costs_no_attempt(group: RayGroup) -> None:
     assert run_units(group, [do("b", "nothing")], max_attempts=1).status == "done"
 
 
+def _signal_when_reported(mark: Path, number: int) -> threading.Thread:
+    def wait_and_signal() -> None:
+        while not mark.exists():
+            time.sleep(0.02)
+        os.kill(int(mark.read_text()), number)
+
+    thread = threading.Thread(target=wait_and_signal)
+    thread.start()
+    return thread
+
+
+def _ended(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    return True
+
+
+def _until(condition: Callable[[], bool], seconds: float = 20) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_a_worker_told_to_end_gives_its_unit_back_and_leaves(group: RayGroup, tmp_path: Path) -> None:
+    mark = tmp_path / "pid"
+    thread = _signal_when_reported(mark, signal.SIGTERM)
+    events: list[Event | Instruction] = []
+    outcome = run_units(group, [do("a", "yield", mark=str(mark))], max_attempts=1, on_event=events.append)
+    thread.join()
+    assert outcome.status == "done"
+    assert outcome.results["a"]["went on from"] == int(mark.read_text())
+    told = [event for event in events if isinstance(event, WorkerLeaving | UnitReturned | WorkerLost)]
+    worker = told[0].worker
+    assert told == [WorkerLeaving(worker), UnitReturned("a", worker), WorkerLost(worker, told[-1].reason)]  # type: ignore[union-attr]
+    assert _until(lambda: _ended(int(mark.read_text())))
+
+
+def test_a_unit_that_does_not_give_up_is_lost_with_its_worker(group: RayGroup, tmp_path: Path) -> None:
+    mark = tmp_path / "pid"
+    thread = _signal_when_reported(mark, signal.SIGTERM)
+    events: list[Event | Instruction] = []
+    outcome = run_units(group, [do("a", "sleep", mark=str(mark))], max_attempts=1, on_event=events.append)
+    thread.join()
+    assert outcome.status == "done"
+    assert not [event for event in events if isinstance(event, UnitReturned)]
+    assert [event for event in events if isinstance(event, WorkerLost)]
+    assert _ended(int(mark.read_text()))
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_a_stopped_worker_is_lost_and_its_late_answer_does_not_count(
+    session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reachable: bool
+) -> None:
+    if not reachable:  # a process on another machine, that no signal of ours reaches
+        monkeypatch.setattr(seat, "machine", lambda: "another machine")
+    mark = tmp_path / "pid"
+    group = RayGroup(handlers.setup, [Pool(cpus=0.1, most=1)], deadline=4)
+    try:
+        thread = _signal_when_reported(mark, signal.SIGSTOP)
+        events: list[Event | Instruction] = []
+        outcome = run_units(group, [do("a", "linger", mark=str(mark))], max_attempts=1, on_event=events.append)
+        thread.join()
+        stopped = int(mark.read_text())
+        assert [event.reason for event in events if isinstance(event, WorkerLost)] == ["has not answered for 4 s"]
+        assert outcome.results["a"]["pid"] != stopped
+        if reachable:
+            assert _until(lambda: _ended(stopped))
+        else:
+            assert psutil.Process(stopped).status() == psutil.STATUS_STOPPED
+            os.kill(stopped, signal.SIGCONT)
+            assert run_units(group, [do("b", "nothing")]).results["b"]["pid"] == outcome.results["a"]["pid"]
+            assert _until(lambda: _ended(stopped))
+    finally:
+        group.close()
+
+
+def test_other_versions_are_refused(session: None) -> None:
+    group = RayGroup(handlers.setup, [Pool(cpus=0.01, most=1)], versions=versions.here(["ray"]) | {"torch": "1.0"})
+    try:
+        with pytest.raises(ClusterError, match=r"driver and worker on .* differ \(torch 1.0 here, .* there\); install"):
+            run_units(group, [do("a", "nothing")])
+    finally:
+        group.close()
+
+
+def test_fewer_than_asked_go_on_and_say_so(session: None) -> None:
+    said: list[str] = []
+    group = RayGroup(handlers.setup, [Pool("train", cpus=0.3, most=9)], on_message=said.append)
+    try:
+        assert run_units(group, [do("a", "nothing")]).status == "done"
+    finally:
+        group.close()
+    assert re.match("the cluster has room for [1-6] of 9 train workers of 0.3 CPUs and 0 GPUs each", said[0])
+
+
 @pytest.mark.parametrize(
     ("setup", "message"),
     [
@@ -119,7 +218,7 @@ def test_the_loss_of_an_idle_worker_costs_no_attempt(group: RayGroup) -> None:
     ],
 )
 def test_a_setup_that_fails_does_not_loop(session: None, setup: Setup, message: str) -> None:
-    group = RayGroup(setup, workers=1, cpus_per_worker=0.01)
+    group = RayGroup(setup, [Pool(cpus=0.01, most=1)])
     try:
         with pytest.raises(ClusterError, match=message):
             run_units(group, [do("a", "nothing")])
@@ -127,14 +226,16 @@ def test_a_setup_that_fails_does_not_loop(session: None, setup: Setup, message: 
         group.close()
 
 
-def test_too_much_is_refused_at_once(session: None) -> None:
-    with pytest.raises(ClusterError, match=r"3 workers of 1 CPUs and 0 GPUs each .* room for 2"):
-        RayGroup(handlers.setup, workers=3, cpus_per_worker=1)
-    with pytest.raises(ClusterError, match="room for 0"):
-        RayGroup(handlers.setup, workers=1, cpus_per_worker=1, gpus_per_worker=100)
+def test_what_fits_nowhere_is_refused_at_once(session: None) -> None:
+    with pytest.raises(
+        ClusterError,
+        match=r"Any workers of 3 CPUs .* no machine .* room for one \(1 machines, 2 CPUs, 0 GPUs\): ask for smaller",
+    ):
+        RayGroup(handlers.setup, [Pool(None, cpus=3)])
+    with pytest.raises(ClusterError, match=r"Train workers of 1 CPUs and 0.5 GPUs .* add machines with GPUs"):
+        RayGroup(handlers.setup, [Pool("train", cpus=1, gpus=0.5)])
     with pytest.raises(ClusterError, match="at least one worker"):
-        RayGroup(handlers.setup, workers=0, cpus_per_worker=1)
-    assert default_workers(cpus_per_worker=0.5, gpus_per_worker=0) == 4
+        RayGroup(handlers.setup, [Pool(most=0)])
 
 
 def test_a_private_ray_listens_on_loopback_alone(session: None) -> None:
@@ -148,6 +249,24 @@ def _listening(process: psutil.Process) -> list[Any]:
     with contextlib.suppress(psutil.Error):
         return [c for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
     return []
+
+
+OUTSIDER = """
+import sys
+from ray._raylet import GcsClient
+try:
+    print(len(GcsClient(address=sys.argv[1]).get_all_node_info(timeout=5)))
+except Exception as error:
+    print(type(error).__name__)
+"""
+
+
+@pytest.mark.parametrize("environment", [{}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64}])
+def test_a_private_ray_takes_nobody_without_its_token(session: None, environment: dict[str, str]) -> None:
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-c", OUTSIDER, address]
+    answer = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "AuthenticationError"
 
 
 def test_nobody_at_the_address() -> None:
@@ -170,12 +289,13 @@ DRIVER = """
 import sys, tempfile
 sys.path[:0] = {path!r}
 import handlers
+from cluster.pools import Pool
 from cluster.ray_group import RayGroup
 from cluster.session import ray_session
 from cluster.loop import run_units
 from cluster.units import Unit
 with ray_session(None, cpus=1):
-    group = RayGroup(handlers.setup, 1, 1)
+    group = RayGroup(handlers.setup, [Pool(most=1)])
     run_units(group, [Unit("a", {{"do": "sleep", "mark": {mark!r}}})])
 """
 

@@ -1,23 +1,32 @@
 import pytest
 
-from cluster.scheduler import (
+from cluster.events import (
     Assign,
     End,
     Event,
+    GaveUp,
     Instruction,
-    Scheduler,
-    State,
     StopRequested,
     UnitDone,
     UnitFailed,
+    UnitReturned,
     WorkerJoined,
+    WorkerLeaving,
     WorkerLost,
 )
+from cluster.scheduler import Scheduler, State
 from cluster.units import Unit
 
 
-def unit(name: str, *depends_on: str, priority: tuple[int, ...] = (), affinity: str | None = None) -> Unit:
-    return Unit(name, None, depends_on, priority, affinity)
+def unit(
+    name: str,
+    *depends_on: str,
+    priority: tuple[int, ...] = (),
+    affinity: str | None = None,
+    kind: str | None = None,
+    memory: int = 0,
+) -> Unit:
+    return Unit(name, None, depends_on, priority, affinity, kind, memory)
 
 
 def play(scheduler: Scheduler, *events: Event) -> list[Instruction]:
@@ -119,6 +128,99 @@ def test_the_unit_of_a_lost_worker_is_redone_and_its_late_events_are_ignored() -
     assert play(s, WorkerJoined("w0")) == []
     assert play(s, WorkerLost("w0", "again")) == []
     assert play(s, done("a", "w1")) == [End("done", "All 1 units are done.")]
+
+
+def test_a_leaving_worker_ends_its_unit_and_gets_no_other() -> None:
+    s = Scheduler([unit("a", affinity="x"), unit("b", affinity="x"), unit("c", priority=(1,))], 1)
+    assert play(s, WorkerJoined("w0")) == [Assign("a", "w0")]
+    assert play(s, WorkerLeaving("w0")) == []
+    assert play(s, done("a", "w0")) == []
+    assert play(s, WorkerJoined("w1")) == [Assign("b", "w1")]  # what it held is free
+    assert play(s, WorkerLost("w0", "left")) == []
+    assert play(s, done("b", "w1")) == [Assign("c", "w1")]
+
+
+def test_an_idle_worker_that_leaves_is_offered_nothing() -> None:
+    s = Scheduler([unit("gate"), unit("a", "gate"), unit("b", "gate")], 1)
+    play(s, WorkerJoined("w0"), WorkerJoined("w1"))
+    assert play(s, WorkerLeaving("w1"), WorkerLeaving("unknown")) == []
+    assert play(s, done("gate", "w0")) == [Assign("a", "w0")]
+    assert play(s, WorkerLost("w1", "left")) == []
+
+
+def test_a_returned_unit_is_ready_again_at_once_and_costs_nothing() -> None:
+    s = Scheduler([unit("a")], max_attempts=1, max_losses=1)
+    for number in range(5):
+        assert play(s, WorkerJoined(f"w{number}")) == [Assign("a", f"w{number}")]
+        assert play(s, WorkerLeaving(f"w{number}"), UnitReturned("a", f"w{number}")) == []
+        assert s.attempts("a") == 0
+        assert play(s, WorkerLost(f"w{number}", "left")) == []
+    assert play(s, WorkerJoined("w5")) == [Assign("a", "w5")]
+    assert play(s, UnitReturned("a", "w4")) == []  # late
+    assert play(s, done("a", "w5")) == [End("done", "All 1 units are done.")]
+
+
+def test_a_returned_unit_goes_to_an_idle_worker() -> None:
+    s = Scheduler([unit("a")], 1)
+    play(s, WorkerJoined("w0"), WorkerJoined("w1"), WorkerLeaving("w0"))
+    assert play(s, UnitReturned("a", "w0")) == [Assign("a", "w1")]
+
+
+def test_a_unit_returned_after_a_stop_stays() -> None:
+    s = Scheduler([unit("a")], 1)
+    play(s, WorkerJoined("w0"), WorkerLeaving("w0"), StopRequested("Ctrl-C"))
+    assert play(s, UnitReturned("a", "w0")) == [End("interrupted", "Ctrl-C")]
+
+
+def test_kinds_keep_units_apart() -> None:
+    s = Scheduler([unit("t0", kind="train"), unit("t1", kind="train"), unit("m0"), unit("m1")], 1)
+    assert play(s, WorkerJoined("cpu", "cpu")) == [Assign("m0", "cpu")]
+    assert play(s, WorkerJoined("gpu", "train")) == [Assign("t0", "gpu")]
+    assert play(s, done("m0", "cpu")) == [Assign("m1", "cpu")]
+    assert play(s, done("m1", "cpu")) == []
+    assert play(s, done("t0", "gpu")) == [Assign("t1", "gpu")]
+
+
+def test_those_that_can_do_less_choose_first() -> None:
+    gated = [unit("any", "gate"), unit("t", "gate", kind="train"), unit("big", "gate", kind="train", memory=9)]
+    s = Scheduler([unit("gate", kind="train"), *gated], 1)
+    play(s, WorkerJoined("large", "train", 10), WorkerJoined("small", "train", 5), WorkerJoined("cpu", "cpu"))
+    assert play(s, done("gate", "large")) == [Assign("any", "cpu"), Assign("t", "small"), Assign("big", "large")]
+
+
+def test_memory_is_respected_and_unknown_memory_is_trusted() -> None:
+    s = Scheduler([unit("big", memory=8), unit("small", memory=4)], 1)
+    assert play(s, WorkerJoined("w4", memory=4)) == [Assign("small", "w4")]
+    assert play(s, WorkerJoined("w7", memory=7)) == []
+    assert play(s, WorkerJoined("w?")) == [Assign("big", "w?")]
+
+
+def test_a_unit_that_nobody_can_run_is_told_until_somebody_can() -> None:
+    s = Scheduler([unit("a", kind="train", memory=2**31), unit("b")], 1)
+    assert s.stuck is not None
+    assert play(s, WorkerJoined("w", "cpu")) == [Assign("b", "w")]
+    assert s.stuck is None
+    assert play(s, done("b", "w")) == []
+    assert s.stuck == (
+        "1 units are ready, but none of the 1 workers there can run one; the first, a, needs a worker of kind train with 2.0 GiB"
+    )
+    assert play(s, WorkerJoined("g", "train")) == [Assign("a", "g")]
+    assert s.stuck is None
+
+
+def test_giving_up_fails_the_run() -> None:
+    s = Scheduler([unit("a", kind="train")], 1)
+    play(s, WorkerJoined("w", "cpu"))
+    assert play(s, GaveUp("nobody came")) == [End("failed", "nobody came")]
+    assert s.stuck is None
+
+
+def test_the_longest_chain_goes_first_among_equals() -> None:
+    s = Scheduler(
+        [unit("short"), unit("long0"), unit("long1", "long0"), unit("long2", "long1"), unit("mid", "short")], 1
+    )
+    assert play(s, WorkerJoined("w")) == [Assign("long0", "w")]
+    assert play(s, done("long0", "w")) == [Assign("short", "w")]  # as long as long1, and declared before
 
 
 def test_a_unit_that_loses_every_worker_fails_the_run_in_the_end() -> None:

@@ -1,0 +1,113 @@
+"""Where another worker can go. Pure: nodes and workers in, places out."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from heapq import heapify, heapreplace
+
+from cluster.units import ClusterError
+
+_ROUNDING = 1e-6  # resources are fractions: three thirds must make a whole
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Workers of one kind. Each needs `cpus`, `gpus` (a part of one counts) and `memory` bytes of host memory, 0 for any.
+
+    `most`: how many there may be, None for as many as the cluster has room for.
+    """
+
+    kind: str | None = None
+    cpus: float = 1
+    gpus: float = 0
+    memory: int = 0
+    most: int | None = None
+
+    @property
+    def needs(self) -> dict[str, float]:
+        return {"CPU": self.cpus, "GPU": self.gpus, "memory": float(self.memory)}
+
+    def __str__(self) -> str:
+        return f"{self.kind or 'any'} workers of {self.cpus:g} CPUs and {self.gpus:g} GPUs each"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A node that takes work: all that it has, and what Ray says is not in use."""
+
+    node: str
+    total: Mapping[str, float] = field(default_factory=dict)
+    free: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Seated:
+    """A worker that is there, or, if `pending`, on its way: Ray does not count what it takes yet."""
+
+    pool: Pool
+    node: str
+    pending: bool
+
+
+def room(there: Mapping[str, float], pool: Pool) -> int:
+    """How many workers fit. Machine by machine: a worker cannot use the rests of two."""
+    needs = {name: each for name, each in pool.needs.items() if each > 0}
+    return max(0, min(int(there.get(name, 0.0) / each + _ROUNDING) for name, each in needs.items()))
+
+
+def places(
+    pools: Sequence[Pool], machines: Sequence[Machine], seated: Collection[Seated], barred: Collection[str] = ()
+) -> list[tuple[Pool, str]]:
+    """The pool and the node of every worker that can be added. Pools come in their order; nodes fill up evenly."""
+    left = {m.node: _rests(m, [s for s in seated if s.node == m.node]) for m in machines if m.node not in barred}
+    found: list[tuple[Pool, str]] = []
+    for pool in pools:
+        count = sum(s.pool == pool for s in seated)
+        rooms = [(-min(room(rest, pool) for rest in rests), node) for node, rests in left.items()]
+        heapify(rooms)
+        while rooms and rooms[0][0] and (pool.most is None or count < pool.most):
+            less, node = rooms[0]
+            heapreplace(rooms, (less + 1, node))
+            for rest in left[node]:
+                _take(rest, pool)
+            found.append((pool, node))
+            count += 1
+    return found
+
+
+def _rests(machine: Machine, seated: Collection[Seated]) -> tuple[dict[str, float], dict[str, float]]:
+    """What ours leave of the whole, and what is left of what nobody uses: others may be there, and Ray's word is late."""
+    whole, free = dict(machine.total), dict(machine.free)
+    for seat in seated:
+        _take(whole, seat.pool)
+        if seat.pending:
+            _take(free, seat.pool)
+    return whole, free
+
+
+def _take(rest: dict[str, float], pool: Pool) -> None:
+    for name, each in pool.needs.items():
+        rest[name] = rest.get(name, 0.0) - each
+
+
+def check_pools(pools: Sequence[Pool]) -> None:
+    """Raises ClusterError for what no cluster could give."""
+    for pool in pools:
+        if pool.most == 0 or (pool.most or 1) < 0 or min(pool.needs.values()) < 0 or not (pool.cpus or pool.gpus):
+            raise ClusterError(
+                f"{'Some' if pool.most is None else pool.most} {pool} were asked for; "
+                "at least one worker is needed, and each needs a CPU, a GPU or a part of one."
+            )
+
+
+def check_room(pool: Pool, machines: Sequence[Machine]) -> None:
+    """Raises ClusterError where not one worker fits: Ray would wait for it silently and for ever."""
+    if any(room(machine.total, pool) for machine in machines):
+        return
+    there = {name: sum(m.total.get(name, 0.0) for m in machines) for name in ("CPU", "GPU")}
+    remedy = "ask for smaller workers, or add machines"
+    if pool.gpus and not there["GPU"]:
+        remedy = "add machines with GPUs, start Ray with --num-gpus where it has not found them, or ask for no GPU"
+    raise ClusterError(
+        f"{str(pool)[:1].upper()}{str(pool)[1:]} were asked for, but no machine of the cluster has room for one "
+        f"({len(machines)} machines, {there['CPU']:g} CPUs, {there['GPU']:g} GPUs): {remedy}."
+    )
