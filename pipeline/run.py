@@ -24,7 +24,7 @@ from pipeline.driver import Driver
 from pipeline.errors import UserError
 from pipeline.graph import Graph, Inputs, build_graph
 from pipeline.identity import package_version
-from pipeline.merge import checkpoint_layout, plan_shards, quantized_linears, shard_file, withdraw
+from pipeline.merge import checkpoint_layout, plan_shards, quantized_linears, shards_with_blocks, withdraw
 from pipeline.prepare import Prepared
 from pipeline.reporter import Reporter
 from pipeline.store import Store
@@ -79,15 +79,7 @@ def shard_plan(prepared: Prepared) -> list[tuple[str, tuple[str, ...], tuple[int
     grid = config.scheme.grid
     layout = checkpoint_layout(prepared.skeleton, grid, config.scheme.skip, prepared.context.dtype)
     shards = plan_shards(layout, config.outputs.max_shard_mib << 20)
-    linears = quantized_linears(prepared.skeleton, config.scheme.skip)
-    return [
-        (
-            shard_file(index, len(shards)),
-            tuple(names),
-            tuple(sorted({linears[n.removesuffix(".weight")] for n in names if n.removesuffix(".weight") in linears})),
-        )
-        for index, names in enumerate(shards)
-    ]
+    return shards_with_blocks(shards, quantized_linears(prepared.skeleton, config.scheme.skip))
 
 
 def graph_of(prepared: Prepared, blocks: list[str], outer: str) -> Graph:
