@@ -5,8 +5,7 @@
     python benchmarks/scaling.py --real 1,2 --json OUT
 
 The simulation is the real graph and the real scheduler under a clock (`pipeline/simulate.py`); unit costs come from the formulas
-in `pipeline/costs.py` over an assumed device (`benchmarks/model_shapes.py`; `--measured` times a training step on this machine
-instead). Starting Ray and the inspection of the weights (one read of the model, spread over the workers) are not in it.
+in `pipeline/costs.py` over an assumed device (`benchmarks/model_shapes.py`; `--real` tells what this machine achieves). Starting Ray and the inspection of the weights (one read of the model, spread over the workers) are not in it.
 """
 
 from __future__ import annotations
@@ -198,7 +197,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-evaluation", dest="evaluation", action="store_false", help="leave perplexity out")
     parser.add_argument("--tflops", type=float, default=H100.flops / 1e12, help="achieved by a worker in products")
     parser.add_argument("--memory-gb", type=float, default=H100.memory / 1e9, help="achieved GB/s in elementwise work")
-    parser.add_argument("--measured", action="store_true", help="the speed of this machine, by timing training steps")
     parser.add_argument("--link-gbit", type=float, default=25.0, help="of each worker")
     parser.add_argument("--store-gb", type=float, default=40.0, help="GB/s of the store, all workers together")
     parser.add_argument("--handling", type=float, default=0.1, help="seconds that every unit costs beside its work")
@@ -229,10 +227,6 @@ def main() -> None:
 def simulated(options: argparse.Namespace) -> Any:
     """One setting's figures, or the table's rows."""
     device = Device(options.tflops * 1e12, options.memory_gb * 1e9)
-    if options.measured:
-        from real_scaling import measured_device
-
-        device = measured_device(MODELS[options.model])
     network = Network(
         link=options.link_gbit * 1e9 / 8,
         store=options.store_gb * 1e9,
