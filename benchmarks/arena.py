@@ -220,7 +220,7 @@ class Trial:
         found: list[psutil.Process] = []
 
         def look() -> bool:
-            found[:] = [p for p in family(driver.pid) if _title(p).startswith("ray::") and "IDLE" not in _title(p)]
+            found[:] = [process for process in family(driver.pid) if is_actor(process)]
             return bool(found) or driver.poll() is not None
 
         until(look, 30, "an actor is there")
@@ -245,10 +245,12 @@ class Trial:
                 driver.wait()
 
 
-def _title(process: psutil.Process) -> str:
+def is_actor(process: psutil.Process) -> bool:
+    """By its title: Ray's agents and its spare workers have telling ones."""
     with suppress(psutil.Error):
-        return " ".join(process.cmdline())
-    return ""
+        title = " ".join(process.cmdline())
+        return title.startswith("ray::") and "IDLE" not in title and not title.endswith("Agent")
+    return False
 
 
 def family(pid: int) -> list[psutil.Process]:

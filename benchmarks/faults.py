@@ -53,6 +53,12 @@ def kill_both(trial: Trial, driver: Driver) -> Driver:
     return driver
 
 
+def kill_raylet(trial: Trial, driver: Driver) -> Driver:
+    """SIGKILL to the Ray server of the driver's own machine: the driver must end, and say how to go on."""
+    kill([process for process in family(driver.pid) if process.name() == "raylet"])
+    return driver
+
+
 def sigterm_actor(trial: Trial, driver: Driver) -> Driver:
     """SIGTERM to one actor: a machine that is taken away begins with it."""
     actors = trial.actors(driver)
@@ -216,6 +222,7 @@ FAULTS = {
     "kill_actors": Fault(kill_actors),
     "kill_driver": Fault(kill_driver),
     "kill_both": Fault(kill_both),
+    "kill_raylet": Fault(kill_raylet),
     "sigterm_actor": Fault(sigterm_actor),
     "sigterm_driver": Fault(sigterm_driver),
     "zombie_worker": Fault(zombie_worker, "cluster.deadline_seconds", (("cluster.deadline_seconds", DEADLINE),)),

@@ -2,7 +2,8 @@
 
 SmolLM2-135M's first blocks on Ray actors of one thread each. Inside every actor the unit's own thread is timed while it reads
 (storage, model files, waiting for a chunk that is read ahead) and while it writes (with packing and checksums); the rest of a
-unit is computing. `efficiency` is computing over actors × seconds of units, as the simulation has it. The simulation is then
+unit is computing. `processor_of_busy_time` well below 1 says that something else had the processors: the figures of such a run say
+little. `efficiency` is computing over actors × seconds of units, as the simulation has it. The simulation is then
 given this machine's measured speed, and what it says is set beside what happened.
 """
 
@@ -83,8 +84,10 @@ def timed_handler(context: Context, name: str, should_yield: ShouldYield = stay)
 
     def handler(task: Task) -> dict[str, Any]:
         clock.begin()
+        began = time.process_time()
         result = plain(task)
-        return result | {f"{kind}_seconds": seconds for kind, seconds in clock.spent.items()}
+        spent = clock.spent | {"processor": time.process_time() - began}
+        return result | {f"{kind}_seconds": seconds for kind, seconds in spent.items()}
 
     return handler
 
@@ -144,6 +147,7 @@ def one_run(model: Path, run: Path, workers: int) -> dict[str, Any]:
     finished = run_to_goals(prepared, collector, timed_workers)
     spent = seconds_by_use([result for node, result in collector.results if node.stage != "inspect"])
     training = seconds_by_use([result for node, result in collector.results if node.stage == "optimize"])
+    processor = sum(result["processor_seconds"] for node, result in collector.results if node.stage != "inspect")
     wall = finished.seconds["units"]
     whole = workers * wall
     shares = {use: round(seconds / whole, 4) for use, seconds in spent.items()}
@@ -153,6 +157,7 @@ def one_run(model: Path, run: Path, workers: int) -> dict[str, Any]:
         "efficiency": shares["compute"],
         "shares": shares | {"waiting": round(1 - sum(shares.values()), 4)},
         "streaming_of_busy_time": round((spent["read"] + spent["write"]) / sum(spent.values()), 4),
+        "processor_of_busy_time": round(processor / sum(spent.values()), 4),
         "training_seconds": {use: round(seconds, 2) for use, seconds in training.items()},
         "simulation": predicted(prepared.config, shard_plan(prepared), training["compute"], workers),
     }

@@ -193,7 +193,8 @@ class Costs:
         head = tokens * self.shape.outer / self.device.flops  # half of `outer` is the head's products, twice each
         return Cost(
             compute=self.shape.blocks * self._forward(tokens, config.length) + head,
-            weights=groups * (self.shape.blocks * self.block_bytes) + self.outer_bytes,
+            # What is quantized is read as codes alone.
+            weights=(0 if task.quantized else groups * self.shape.blocks * self.block_bytes) + self.outer_bytes,
             reads=tuple(Read(a.path, groups * self.codes) for a in task.quantized),
             releases=True,
         )
