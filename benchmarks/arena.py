@@ -248,7 +248,7 @@ class Trial:
 def is_actor(process: psutil.Process) -> bool:
     """By its title: Ray's agents and its spare workers have telling ones."""
     with suppress(psutil.Error):
-        title = " ".join(process.cmdline())
+        title = " ".join(process.cmdline()).strip()  # padded to what it replaced
         return title.startswith("ray::") and "IDLE" not in title and not title.endswith("Agent")
     return False
 

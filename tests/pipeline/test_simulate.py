@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 from running import Silent, run, tiny_config
 
-from pipeline.artifacts import Artifact, committed
+from pipeline.artifacts import RECORD, Artifact, committed
 from pipeline.config import RunConfig
-from pipeline.costs import Cost, Costs, Device, Read, placeholder_inputs
-from pipeline.estimate import estimate, open_skeleton, shape_of
+from pipeline.costs import Cost, Costs, Device, Read, Shape, placeholder_inputs
+from pipeline.estimate import estimate, estimate_lines, open_skeleton, shape_of
 from pipeline.graph import KINDS, TRANSIENT, Graph, Node, build_graph
 from pipeline.run import inline_workers
 from pipeline.simulate import USES, Network, Simulated, simulate
+from pipeline.store import open_store
 
 PLAIN = Network(link=10.0, store=10.0, handling=0.0, cache=0.0)
 
@@ -93,8 +94,6 @@ def config(**sections: Any) -> RunConfig:
 
 
 def simulated(given: RunConfig, workers: int, blocks: int = 6) -> Simulated:
-    from pipeline.costs import Shape
-
     shape = Shape(blocks, 64, ((64, 64), (128, 64)), 64, 1000)
     inputs = placeholder_inputs(given, blocks, [("model.safetensors", (), tuple(range(blocks)))])
     graph, costs = build_graph(inputs), Costs(inputs, shape, Device(1e9), 1e6)
@@ -136,9 +135,6 @@ class Watching(Silent):
         self.given, self.most = given, 0
 
     def finished(self, node: Any, result: dict[str, Any]) -> None:
-        from pipeline.artifacts import RECORD
-        from pipeline.store import open_store
-
         store = open_store(self.given.storage.run)
         sizes = {key: size for kind in (*KINDS, "checkpoint") for key, size in store.list(kind).items()}
         self.most = max(self.most, sum(size for key, size in sizes.items() if not key.endswith(RECORD)))
@@ -161,3 +157,11 @@ def test_the_costs_of_a_model_follow_its_shapes(model: Path, short_text: Path, t
     assert shape.blocks == 3
     assert shape.weights == 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128
     assert shape.itemsize == 4
+
+
+def test_the_plan_states_the_storage_for_a_number_of_workers(model: Path, short_text: Path, tmp_path: Path) -> None:
+    given = tiny_config(model, short_text, tmp_path / "run")
+    found = estimate(given, workers=3)
+    assert "at most at one time, on 3 workers" in "\n".join(estimate_lines(found))
+    keeps = estimate(tiny_config(model, short_text, tmp_path / "run", storage={"keep_activations": True}), workers=3)
+    assert keeps["bytes"]["high_water"] > found["bytes"]["high_water"]
