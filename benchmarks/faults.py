@@ -89,15 +89,15 @@ def zombie_worker(trial: Trial, driver: Driver) -> Driver:
 
 def paused_driver(trial: Trial, driver: Driver) -> Driver:
     """The driver sleeps past its lease, another takes the run over, the first wakes: it must end without a result."""
+    if driver.poll() is not None:
+        return driver
     os.kill(driver.pid, signal.SIGSTOP)
     time.sleep(LEASE + 1)
     second = trial.start()
     trial.wait_for_commits(len(trial.seen) + trial.draw.randint(1, 6), second)
     os.kill(driver.pid, signal.SIGCONT)
-    if trial.wait(driver) == 0 and second.poll() not in (None, 0, 2):
+    if trial.wait(driver) == 0:
         raise SurvivedError("the driver that had lost its lease published")
-    if driver.returncode == 0 and trial.wait(second) == 0:
-        raise SurvivedError("both drivers published")
     return second
 
 

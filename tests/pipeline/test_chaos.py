@@ -1,6 +1,7 @@
 """A short version of benchmarks/chaos.py and the command of benchmarks/scaling.py, as they are run by hand."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -49,8 +50,11 @@ def test_a_failed_trial_is_counted_and_not_hidden() -> None:
 
 def test_the_scaling_command_writes_its_figures(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, ROOT / "benchmarks" / "scaling.py", "--model", "llama-2-70b", "--workers", "80"]
-    subprocess.run([*command, "--schedule", "parallel", "--json", out], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [*command, "--schedule", "parallel", "--json", out], check=True, stdout=subprocess.DEVNULL, env=environment
+    )
     found = json.loads(out.read_text())
     assert {"efficiency", "hours", "storage_gib", "bottleneck"} <= set(found)
     assert 0 < found["efficiency"] < 1
