@@ -284,6 +284,9 @@ def show_status(read: Callable[[], dict[str, Any]], as_json: bool, every: float 
 def plan(
     config: ConfigArgument,
     overrides: SetOption = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Workers to reckon the storage for; default: cluster.workers, or 1.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Units, optimizer steps and bytes of storage, before any work; reads the model's headers, not its weights."""
@@ -292,7 +295,7 @@ def plan(
     from pipeline.estimate import estimate, estimate_lines
 
     try:
-        found = estimate(load_config(config, overrides or []))
+        found = estimate(load_config(config, overrides or []), workers)
     except UserError as error:
         fail(str(error), REFUSED)
     print(json.dumps(found) if as_json else "\n".join(estimate_lines(found)))

@@ -9,15 +9,20 @@ from typing import Any
 import torch
 
 from lsi.block import get_linear, linear_names
-from pipeline.artifacts import Artifact
 from pipeline.block_state import steps_per_epoch
 from pipeline.config import RunConfig
-from pipeline.graph import Inputs, build_graph
-from pipeline.merge import checkpoint_layout, plan_shards, shard_file
+from pipeline.costs import Costs, Device, Shape, placeholder_inputs
+from pipeline.graph import build_graph
+from pipeline.merge import checkpoint_layout, plan_shards, quantized_linears, shards_with_blocks
 from pipeline.model_source import DTYPES, locate, open_model
 from pipeline.prepare import check_scheme
+from pipeline.simulate import Network, simulate
 from pipeline.skeleton import Skeleton, make_skeleton
 from pipeline.tensors import layout_bytes
+from pipeline.weights import block_tensors
+
+# Only the order of events matters here, and it hardly depends on this.
+ASSUMED = Device(flops=4e14, memory=2.4e12)
 
 
 def open_skeleton(config: RunConfig) -> tuple[Skeleton, torch.dtype]:
@@ -33,68 +38,72 @@ def open_skeleton(config: RunConfig) -> tuple[Skeleton, torch.dtype]:
     return make_skeleton(source.config, trust_remote_code=trust), source.dtype(config.model.dtype)
 
 
-def trained_elements(config: RunConfig, skeleton: Skeleton) -> int:
-    """Trained numbers in one block."""
-    grid = config.scheme.grid
-    block = skeleton.blocks[0]
-    total = 0
-    for name in linear_names(block, skeleton.block_prefix(0), config.scheme.skip):
-        out, width = get_linear(block, name).weight.shape
-        total += config.method.increments.entries(out, width)
-        total += out * width if config.method.rounding == "learned" else 0
-        total += 2 * out * grid.groups(width) if config.method.clipping != "none" else 0
-    return total
+def shape_of(skeleton: Skeleton, config: RunConfig, dtype: torch.dtype) -> Shape:
+    """The sizes that costs are reckoned from; blocks count as equal to the first."""
+    block, prefix = skeleton.blocks[0], skeleton.block_prefix(0)
+    found = skeleton.model.config
+    heads = getattr(found, "num_attention_heads", 1)
+    head = getattr(found, "head_dim", None) or found.hidden_size // heads
+    return Shape(
+        blocks=len(skeleton),
+        hidden=found.hidden_size,
+        linears=tuple(
+            (weight.shape[0], weight.shape[1])
+            for name in linear_names(block, prefix, config.scheme.skip)
+            for weight in [get_linear(block, name).weight]
+        ),
+        attention=head * heads,
+        outer=sum(tensor.numel() for tensor in block_tensors(skeleton, None).values()),
+        itemsize=dtype.itemsize,
+    )
 
 
-def estimate(config: RunConfig) -> dict[str, Any]:
-    """Units by stage, optimizer steps, bytes. Raises UserError for a configuration that cannot run."""
+def estimate(config: RunConfig, workers: int | None = None) -> dict[str, Any]:
+    """Units by stage, optimizer steps, bytes. Raises UserError for a configuration that cannot run.
+
+    The high-water mark is that of a simulated run on `workers` (default: the configuration's, or one) of assumed speed:
+    which activations are there at once depends on the schedule and on how many blocks are under way, hardly on the speed.
+    """
     skeleton, dtype = open_skeleton(config)
     check_scheme(config, skeleton)
     grid = config.scheme.grid
     layout = checkpoint_layout(skeleton, grid, config.scheme.skip, dtype)
     shards = plan_shards(layout, config.outputs.max_shard_mib << 20)
-    blocks = len(skeleton)
-    placeholder = Artifact("tokens", "plan", "")
-    graph = build_graph(
-        Inputs(
-            config=config,
-            blocks=blocks,
-            tokens=placeholder,
-            texts=dict.fromkeys(config.evaluation.texts, placeholder),
-            block_digests=[""] * blocks,
-            outer_digest="",
-            model_config_digest="",
-            compute={},
-            shards=[(shard_file(i, len(shards)), tuple(names), ()) for i, names in enumerate(shards)],
-        )
-    )
+    shape = shape_of(skeleton, config, dtype)
+    blocks, checkpoint = len(skeleton), sum(layout_bytes(sizes) for _, sizes in layout)
+    linears = quantized_linears(skeleton, config.scheme.skip)
+    inputs = placeholder_inputs(config, blocks, shards_with_blocks(shards, linears))
+    graph = build_graph(inputs)
     units: dict[str, int] = {"inspect": blocks + 1}
     for node in graph.nodes:
         units[node.stage] = units.get(node.stage, 0) + 1
     steps = steps_per_epoch(config) * config.optimizer.epochs
     boundary = config.data.samples * config.data.sequence_length * skeleton.model.config.hidden_size * dtype.itemsize
-    trained = trained_elements(config, skeleton)
+    costs = Costs(inputs, shape, ASSUMED, checkpoint)
+    simulated = simulate(
+        graph,
+        {node.name: costs.of(node) for node in graph.nodes},
+        workers or config.cluster.workers or 1,
+        Network(cache=float(config.storage.cache_mib << 20)),
+        outer_bytes=costs.outer_bytes,
+        keeps_activations=config.storage.keep_activations,
+    )
     return {
         "blocks": blocks,
         "units": units,
         "steps_per_block": steps,
         "steps": steps * blocks,
-        "trained_per_block": trained if config.optimizer.epochs else 0,
+        "workers": simulated.workers,
+        "trained_per_block": costs.trained if config.optimizer.epochs else 0,
         "bytes": {
             "one_boundary": boundary if config.optimizer.epochs else 0,
             "all_boundaries": boundary * (blocks + 1) if config.optimizer.epochs else 0,
-            "one_block_state": 12 * trained if config.optimizer.epochs else 0,
-            "block_results": _codes(skeleton, config) * blocks,
-            "checkpoint": sum(layout_bytes(sizes) for _, sizes in layout),
+            "one_block_state": costs.state_bytes(False) if config.optimizer.epochs else 0,
+            "block_results": shape.weights * blocks,
+            "checkpoint": checkpoint,
+            "high_water": int(simulated.high_water),
         },
     }
-
-
-def _codes(skeleton: Skeleton, config: RunConfig) -> int:
-    """Bytes of a block's result: a byte a code (scales and zero points are small beside them)."""
-    block = skeleton.blocks[0]
-    names = linear_names(block, skeleton.block_prefix(0), config.scheme.skip)
-    return sum(get_linear(block, name).weight.numel() for name in names)
 
 
 def human_bytes(value: float) -> str:
@@ -117,4 +126,5 @@ def estimate_lines(found: dict[str, Any]) -> list[str]:
         f"state         {size['one_block_state']} a block in training",
         f"results       {size['block_results']}",
         f"checkpoint    {size['checkpoint']}",
+        f"storage       {size['high_water']} at most at one time, on {found['workers']} {'worker' if found['workers'] == 1 else 'workers'}",
     ]

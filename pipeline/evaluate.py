@@ -62,11 +62,15 @@ class EvaluateTask:
 
     def _variant_of(self, worker: Worker, index: int) -> nn.Module:
         # One block after another: nothing gained by keeping any.
+        if self.variant == "quantized":
+            weights = unpack_weights(read_tensors(worker.store, self.quantized[index], WEIGHTS_FILE))
+            # At 70B the linears are 1.7 GB a block, and this unit is the last that everything waits for.
+            block = worker.new_block(index, without=weights.keys())
+            load_quantized(block, weights)
+            return block
         block = worker.new_block(index)
         if self.variant == "round_to_nearest":
             load_quantized(
                 block, round_block(block, worker.linears(index), worker.config.scheme.grid, worker.context.dtype)
             )
-        elif self.variant == "quantized":
-            load_quantized(block, unpack_weights(read_tensors(worker.store, self.quantized[index], WEIGHTS_FILE)))
         return block

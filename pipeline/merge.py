@@ -79,6 +79,20 @@ def shard_file(index: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
+def shards_with_blocks(
+    shards: list[list[str]], linears: Mapping[str, int]
+) -> list[tuple[str, tuple[str, ...], tuple[int, ...]]]:
+    """The checkpoint's files: name, parameters, blocks whose results they hold."""
+    return [
+        (
+            shard_file(index, len(shards)),
+            tuple(names),
+            tuple(sorted({linears[n.removesuffix(".weight")] for n in names if n.removesuffix(".weight") in linears})),
+        )
+        for index, names in enumerate(shards)
+    ]
+
+
 @dataclass(frozen=True)
 class MergeTask:
     """One shard: `names` are parameters of the model, `quantized` the results of the blocks that they come from."""

@@ -7,7 +7,7 @@ blocks are replaced by stand-ins that record what they are called with, or hand 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -129,13 +129,23 @@ def check_tensors(skeleton: Skeleton, source: ModelSource) -> None:
         checked_name(name, expected, source, skeleton.model)
 
 
-def _fill(module: nn.Module, prefix: str, source: ModelSource, model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Read every tensor of a meta module and put it in place."""
+def _fill(
+    module: nn.Module,
+    prefix: str,
+    source: ModelSource,
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    without: Collection[str] = (),
+) -> None:
+    """Read every tensor of a meta module and put it in place; of the linears in `without` the weights are left zero."""
     for name, expected in tensor_names(module, prefix).items():
-        tensor = source.read(checked_name(name, expected, source, model))
+        local = name.removeprefix(prefix + ".") if prefix else name
+        if local.removesuffix(".weight") in without:
+            tensor = torch.zeros(expected.shape, dtype=dtype)
+        else:
+            tensor = source.read(checked_name(name, expected, source, model))
         if tensor.is_floating_point():
             tensor = tensor.to(dtype)
-        local = name.removeprefix(prefix + ".") if prefix else name
         owner = module.get_submodule(local.rpartition(".")[0])
         leaf = local.rpartition(".")[2]
         if leaf in owner._parameters:
@@ -145,11 +155,17 @@ def _fill(module: nn.Module, prefix: str, source: ModelSource, model: PreTrained
 
 
 def load_block(
-    skeleton: Skeleton, source: ModelSource, index: int, dtype: torch.dtype, device: str = "cpu"
+    skeleton: Skeleton,
+    source: ModelSource,
+    index: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    without: Collection[str] = (),
 ) -> nn.Module:
-    """Block `index` with its weights, a module of its own."""
+    """Block `index` with its weights, a module of its own. The weights of the linears in `without` are not read: they are for
+    the caller to write."""
     block = copy.deepcopy(skeleton.blocks[index])
-    _fill(block, skeleton.block_prefix(index), source, skeleton.model, dtype)
+    _fill(block, skeleton.block_prefix(index), source, skeleton.model, dtype, without)
     return block.to(device).eval()
 
 

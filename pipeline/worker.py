@@ -7,7 +7,7 @@ import resource
 import socket
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -146,9 +146,9 @@ class Worker:
             self._block = (index, self.new_block(index))
         return self._block[1]
 
-    def new_block(self, index: int) -> nn.Module:
-        """A full-precision block of the caller's own."""
-        return load_block(self.skeleton, self.source, index, self.context.dtype, self.device)
+    def new_block(self, index: int, without: Collection[str] = ()) -> nn.Module:
+        """A full-precision block of the caller's own, the weights of the linears in `without` not read."""
+        return load_block(self.skeleton, self.source, index, self.context.dtype, self.device, without)
 
     def release(self) -> None:
         """Let go of blocks and activations: a stage that comes after them needs the memory."""

@@ -323,3 +323,22 @@ def test_group_size_that_does_not_divide_names_linears_and_sizes() -> None:
 @pytest.mark.parametrize("size", [64, 192, 1, None])
 def test_group_size_that_fits(size: int | None) -> None:
     check_groups(smollm_skeleton(), 0, ["self_attn.q_proj", "mlp.down_proj"], size)
+
+
+def test_linears_that_the_caller_writes_are_not_read(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_model(open_store(str(tiny_model(tmp_path / "m"))))
+    skeleton = make_skeleton(source.config)
+    read: list[str] = []
+    plain = ModelSource.read
+    monkeypatch.setattr(ModelSource, "read", lambda self, name: (read.append(name), plain(self, name))[1])
+    whole = load_block(skeleton, source, 1, torch.float32)
+    read.clear()
+    partly = load_block(skeleton, source, 1, torch.float32, without={"mlp.up_proj"})
+    assert not any("up_proj" in name for name in read)
+    assert read
+    assert not partly.get_submodule("mlp.up_proj").weight.any()
+    torch.testing.assert_close(
+        partly.get_submodule("mlp.down_proj").weight, whole.get_submodule("mlp.down_proj").weight
+    )

@@ -1,0 +1,234 @@
+"""What a unit costs: products, bytes read and written, from the model's shapes and the configuration alone.
+
+Products (floating point operations), P being the weights of a block's linears, L the sequence length, A the width of attention:
+
+    forward   a token         2·P + 2·L·A                       (A: queries' width; half of the square, as it is causal)
+    training  a step          3 · forward · tokens in the batch   forward, gradient of inputs, gradient of W'
+              with diagonal   + 4 · Σ out·in·min(out, in)         W' = W + U·diag(I)·Vh and its gradient's projection
+    memory    a step          `_FAKE_QUANTIZATION` bytes a weight, `_DENSE` more for a dense increment and its AdamW
+
+The memory figures are counted from the elementwise operations of `lsi.linear` and torch's AdamW in float32, not measured.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.artifacts import Artifact
+from pipeline.block_state import steps_per_epoch
+from pipeline.capture import CaptureTask, EmbedTask
+from pipeline.config import RunConfig
+from pipeline.evaluate import EvaluateTask
+from pipeline.graph import Inputs, Node
+from pipeline.merge import MergeTask
+from pipeline.optimize import TrainTask
+
+_FAKE_QUANTIZATION = 160  # ten passes forward and ten backward, each reading and writing four bytes
+_DENSE = 100  # AdamW: four tensors read and three written in several kernels, and the check for finite gradients
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's sizes. `linears`: (out, in) of the quantized linears of one block; `outer`: parameters outside the blocks;
+    `attention`: width of all query heads; `itemsize`: bytes of a stored number."""
+
+    blocks: int
+    hidden: int
+    linears: tuple[tuple[int, int], ...]
+    attention: int
+    outer: int
+    itemsize: int = 2
+
+    @property
+    def weights(self) -> int:
+        return sum(out * width for out, width in self.linears)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a worker achieves: floating point operations a second in products, bytes a second in elementwise work."""
+
+    flops: float
+    memory: float = math.inf
+
+
+@dataclass(frozen=True)
+class Read:
+    """One artifact, read `passes` times over by a unit."""
+
+    path: str
+    size: float
+    passes: int = 1
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one unit. `weights` bytes are read unless the worker holds `block` (None: always); `state` unless it holds that;
+    `reads` arrive in `chunks` pieces one after another, beside the computing; `writes` by path."""
+
+    compute: float = 0.0
+    block: int | None = None
+    weights: float = 0.0
+    arguments: bool = (
+        False  # needs what a block is called with, recorded once a worker from the weights outside the blocks
+    )
+    state: Read | None = None
+    new_state: str | None = None
+    reads: tuple[Read, ...] = ()
+    chunks: int = 1
+    writes: tuple[tuple[str, float], ...] = ()
+    releases: bool = False  # lets go of all that its worker holds
+
+
+class Costs:
+    """The costs of a run's units."""
+
+    def __init__(self, inputs: Inputs, shape: Shape, device: Device, checkpoint_bytes: float) -> None:
+        self.config: RunConfig = inputs.config
+        self.shape, self.device = shape, device
+        self.shards = max(1, len(inputs.shards))
+        self.shard_bytes = checkpoint_bytes / self.shards
+        grid = self.config.scheme.grid
+        groups = sum(out * grid.groups(width) for out, width in shape.linears)
+        self.trained = trained_numbers(self.config, shape)
+        self.codes = shape.weights + groups * (shape.itemsize + 1.0)
+        self.block_bytes = float(shape.weights * shape.itemsize)
+        self.outer_bytes = float(shape.outer * shape.itemsize)
+
+    def of(self, node: Node) -> Cost:
+        """One unit's cost."""
+        match node.task:
+            case EmbedTask() as task:
+                size = self._activations(task.stop - task.start)
+                return Cost(weights=self.outer_bytes, writes=((task.out.path, size),))
+            case CaptureTask() as task:
+                return self._capture(task)
+            case TrainTask() as task:
+                return self._train(task)
+            case EvaluateTask() as task:
+                return self._evaluate(task)
+            case MergeTask() as task:
+                reads = tuple(Read(a.path, self.codes) for a in task.quantized.values())
+                outer = self.outer_bytes / self.shards
+                return Cost(weights=outer, reads=reads, writes=((task.out.path, self.shard_bytes),), releases=True)
+        [out] = node.makes  # rounding to nearest
+        return Cost(block=node.block, weights=self.block_bytes, writes=((out.path, self.codes),))
+
+    def _activations(self, samples: int) -> float:
+        return float(samples * self.config.data.sequence_length * self.shape.hidden * self.shape.itemsize)
+
+    def _samples(self, chunk: int) -> int:
+        data, size = self.config.data, self.config.storage.chunk_samples
+        return min(size, data.samples - chunk * size)
+
+    def _forward(self, tokens: int, length: int) -> float:
+        """Seconds of one block's forward pass."""
+        return tokens * 2.0 * (self.shape.weights + length * self.shape.attention) / self.device.flops
+
+    def _pass(self, samples: int) -> float:
+        length = self.config.data.sequence_length
+        return self._forward(samples * length, length)
+
+    def epoch(self) -> float:
+        """Seconds of one block's training steps over all samples."""
+        config, steps = self.config, steps_per_epoch(self.config)
+        increment = config.method.increments
+        every_weight = config.method.rounding == "learned" or (increment.kind == "dense" and increment.rank is None)
+        ranks = (out * width * (increment.rank or min(out, width)) for out, width in self.shape.linears)
+        factors = sum(ranks) if increment.kind in ("diagonal", "corner", "band") or increment.rank else 0
+        memory = self.shape.weights * (_FAKE_QUANTIZATION + _DENSE * every_weight)
+        return 3 * self._pass(config.data.samples) + steps * (
+            4.0 * factors / self.device.flops + memory / self.device.memory
+        )
+
+    def _capture(self, task: CaptureTask) -> Cost:
+        samples = self._samples(int(task.out.name.rpartition("-")[2]))
+        size = self._activations(samples)
+        return Cost(
+            compute=self._pass(samples),
+            block=task.block,
+            weights=self.block_bytes,
+            arguments=True,
+            reads=(Read(task.inputs.artifact.path, size),),
+            writes=((task.out.path, size),),
+        )
+
+    def _train(self, task: TrainTask) -> Cost:
+        compared = task.comparison != "none"
+        measures = (task.comparison == "begins") + bool(task.stream or compared)
+        writes: list[tuple[str, float]] = []
+        if task.stream:
+            writes.append((task.stream.path, self._activations(self.config.data.samples)))
+        if task.state:
+            writes.append((task.state.path, self.state_bytes(compared)))
+        if task.quantized:
+            writes.append((task.quantized.path, self.codes))
+        before = compared and task.comparison != "begins"
+        previous = Read(task.previous.path, self.state_bytes(before)) if task.previous else None
+        chunks = [*enumerate(task.inputs), *enumerate(task.targets)]
+        sizes: dict[str, float] = {}
+        for place, chunk in chunks:
+            size = self._activations(self._samples(place))
+            sizes[chunk.artifact.path] = sizes.get(chunk.artifact.path, 0.0) + size
+        return Cost(
+            compute=self.epoch() + measures * self._pass(self.config.data.samples),
+            block=task.block,
+            weights=self.block_bytes,
+            arguments=True,
+            state=previous,
+            new_state=task.state.path if task.state else None,
+            reads=tuple(Read(path, size, 1 + measures) for path, size in sizes.items()),
+            chunks=len(task.inputs),
+            writes=tuple(writes),
+        )
+
+    def state_bytes(self, compared: bool) -> float:
+        """Value and AdamW's two moments in float32; with the best result so far where losses are compared."""
+        numbers = 3 if self.config.optimizer.steps == "adamw" else 1
+        return 4.0 * numbers * self.trained + (self.codes if compared else 0.0)
+
+    def _evaluate(self, task: EvaluateTask) -> Cost:
+        config = self.config.evaluation
+        window = config.length * self.shape.hidden * self.shape.itemsize
+        groups = math.ceil(config.windows / max(1, (self.config.storage.cache_mib << 20) // window))
+        tokens = config.windows * config.length
+        head = tokens * self.shape.outer / self.device.flops  # half of `outer` is the head's products, twice each
+        return Cost(
+            compute=self.shape.blocks * self._forward(tokens, config.length) + head,
+            # What is quantized is read as codes alone.
+            weights=(0 if task.quantized else groups * self.shape.blocks * self.block_bytes) + self.outer_bytes,
+            reads=tuple(Read(a.path, groups * self.codes) for a in task.quantized),
+            releases=True,
+        )
+
+
+def trained_numbers(config: RunConfig, shape: Shape) -> int:
+    """Trained numbers in one block."""
+    grid = config.scheme.grid
+    total = 0
+    for out, width in shape.linears:
+        total += config.method.increments.entries(out, width)
+        total += out * width if config.method.rounding == "learned" else 0
+        total += 2 * out * grid.groups(width) if config.method.clipping != "none" else 0
+    return total
+
+
+def placeholder_inputs(
+    config: RunConfig, blocks: int, shards: list[tuple[str, tuple[str, ...], tuple[int, ...]]]
+) -> Inputs:
+    """What a graph is built from when only its shape matters: addresses without weights or texts behind them."""
+    nowhere = Artifact("tokens", "plan", "")
+    fixed: dict[str, Any] = {"tokens": nowhere, "texts": dict.fromkeys(config.evaluation.texts, nowhere)}
+    names = [f"block-{block}" for block in range(blocks)]
+    return Inputs(
+        config=config,
+        blocks=blocks,
+        block_digests=names,
+        outer_digest="",
+        model_config_digest="",
+        compute={},
+        shards=shards,
+        **fixed,
+    )
