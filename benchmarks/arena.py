@@ -142,6 +142,8 @@ def s3_server(rate: float, seed: int) -> Iterator[tuple[int, int]]:
     try:
         until(lambda: socket.socket().connect_ex(("127.0.0.1", ports[0])) == 0, 60, "the S3 server listens")
         os.environ.update(s3_environment(ports[0]))
+        # Instances are kept by their arguments, and the server's address is none of them.
+        s3fs.S3FileSystem.clear_instance_cache()
         s3fs.S3FileSystem(skip_instance_cache=True).mkdir(BUCKET)
         yield ports
     finally:

@@ -161,8 +161,8 @@ def summary(outcomes: list[dict[str, Any]], skipped: dict[str, str]) -> dict[str
         counts.update(
             {
                 "trials": 1,
-                "on_s3": outcome["storage"] == "s3",
-                "identical": outcome["identical"],
+                "on_s3": int(outcome["storage"] == "s3"),
+                "identical": int(outcome["identical"]),
                 "units_lost": max(0, outcome["lost"]),
                 kind: outcome["redone"],
             }

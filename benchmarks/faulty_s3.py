@@ -35,16 +35,16 @@ class Faulty:
         if not fails:
             return self.inner(environ, start_response)
         if kind == 0:
-            return refuse(environ, start_response, error)
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            return refuse(start_response, error)
         if kind == 1:
             b"".join(self.inner(environ, lambda *args: None))
-            return refuse(environ, start_response, error)
+            return refuse(start_response, error)
         body = b"".join(self.inner(environ, start_response))
         return [body[: len(body) // 2]]  # shorter than its Content-Length says
 
 
-def refuse(environ: dict[str, Any], start_response: Any, error: str) -> Iterable[bytes]:
-    environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+def refuse(start_response: Any, error: str) -> Iterable[bytes]:
     code = "SlowDown" if error.startswith("503") else "InternalError"
     start_response(error, [("Content-Type", "application/xml"), ("Connection", "close")])
     return [f"<Error><Code>{code}</Code><Message>drawn</Message></Error>".encode()]

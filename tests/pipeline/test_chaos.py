@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
-def arena(s3: str, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
+def arena(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
     from arena import s3_server
 
     with s3_server(rate=0.05, seed=0) as ports:
