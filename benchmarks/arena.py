@@ -19,14 +19,13 @@ from typing import Any
 import psutil
 import yaml
 
-from pipeline.artifacts import RECORD, intact
+from pipeline.artifacts import RECORD, Artifact, intact
 from pipeline.config import parse_config, valid_keys
 from pipeline.graph import KINDS
 from pipeline.prepare import prepare
 from pipeline.report import publish_checkpoint
 from pipeline.reporter import Reporter
 from pipeline.run import inline_workers, run_to_goals
-from pipeline.status import artifact_of
 from pipeline.store import Store, open_store
 
 ROOT = Path(__file__).parent.parent
@@ -237,7 +236,7 @@ class Trial:
         plan = json.loads(self.store.get("plan.json"))
         makes = [path for node in plan["nodes"] for path in node["makes"]]
         wanted = {*plan["goals"], *(path for path in makes if path.startswith("quantized/"))}
-        return sorted(path for path in wanted if intact(self.store, artifact_of(path)) is None)
+        return sorted(path for path in wanted if intact(self.store, Artifact.parse(path)) is None)
 
     def end(self) -> None:
         """Nothing of the trial goes on."""
