@@ -93,6 +93,7 @@ class Trial:
             total_steps=total,
             steps=options.steps,
             loss=options.loss,
+            first_token=options.first_token,
             autocast=torch.bfloat16,
         )
         return Reconstruction(self.block(index), names, method)
@@ -163,6 +164,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounding-rate", type=float)
     parser.add_argument("--steps", choices=["adamw", "signed"], default="adamw")
     parser.add_argument("--loss", choices=["relative", "mse"], default="relative")
+    parser.add_argument("--first-token", type=float, default=0.1)
     parser.add_argument("--schedule", choices=["sequential", "parallel", "wave"], default="sequential")
     parser.add_argument("--refresh-every", type=int, default=1)
     parser.add_argument("--lead", type=int, default=0)

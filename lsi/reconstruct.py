@@ -45,22 +45,31 @@ class Method:
     total_steps: int
     steps: Steps = "adamw"
     loss: LossKind = "relative"
+    first_token: float = 0.0
     autocast: torch.dtype | None = None
     equivalence: tuple[str, ...] = ()
     shifts: bool = False
 
 
-def token_losses(output: Hidden, target: Hidden, kind: LossKind) -> Float[Tensor, "batch sequence"]:
-    """The error of each token's hidden states, in float32.
+def token_losses(
+    output: Hidden, target: Hidden, kind: LossKind, first_token: float = 0.0
+) -> Float[Tensor, "batch sequence"]:
+    """The error of each token's hidden states, in float32, weighted.
 
     mse: mean squared error over the channels (LSI, OmniQuant). relative: that divided by the target's mean square. The
     norm at the next block's entrance divides every token by its own size, so a relative error is what that block sees;
     and a few tokens with massive activations (arXiv 2402.17762) do not outweigh all the others by orders of magnitude.
+
+    `first_token`: what the first token's error counts beside the mean of all. It is the attention sink (arXiv 2309.17453):
+    every later token attends to it, some block makes its activations massive, and where an error keeps that from happening
+    all tokens suffer in all blocks after. One among hundreds, it would hardly be seen in the mean.
     """
     error = (output.float() - target.float()).square().mean(-1)
-    if kind == "mse":
-        return error
-    return error / target.float().square().mean(-1).clamp(min=SMALLEST_SQUARE)
+    if kind == "relative":
+        error = error / target.float().square().mean(-1).clamp(min=SMALLEST_SQUARE)
+    weight = torch.ones(error.shape[1], device=error.device)
+    weight[0] += first_token * error.shape[1]
+    return error * weight
 
 
 def part_of(parameter: str) -> str:
@@ -119,7 +128,7 @@ class Reconstruction:
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             output = self._within(lambda: run_block(self.block, inputs.float(), arguments))
-        loss = token_losses(output, targets, self.method.loss).mean()
+        loss = token_losses(output, targets, self.method.loss, self.method.first_token).mean()
         loss.backward()
         for parameter in self.parameters.values():
             # A linear that the batch does not reach (an expert) takes part with zeros: one step count serves all.

@@ -47,6 +47,7 @@ def make_method(context: Context) -> Method:
         total_steps=config.optimizer.epochs * steps_per_epoch(config),
         steps=config.optimizer.steps,
         loss=config.method.loss,
+        first_token=config.method.first_token,
         autocast=context.autocast,
     )
 

@@ -93,6 +93,9 @@ class MethodConfig(Section):
         "relative",
         description="error of a block's outputs, each token divided by its own size, or as in the papers not divided",
     )
+    first_token: float = Field(
+        0.1, ge=0, description="what the first token's error (the attention sink's) counts beside the mean of all"
+    )
 
     def parts(self, scale_dtype: torch.dtype) -> Parts:
         """What is trained in a linear, as the algorithm takes it."""

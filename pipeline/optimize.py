@@ -191,7 +191,8 @@ class TrainTask:
         for chunk, inputs, targets in self._pass(worker):
             pause()
             output = run_block(block, inputs, worker.arguments(self.block, inputs.shape[1]))
-            losses = token_losses(output, targets, worker.config.method.loss)
+            method = worker.config.method
+            losses = token_losses(output, targets, method.loss, method.first_token)
             error += float(losses.sum(dtype=torch.float64))
             count += losses.numel()
             if stream:

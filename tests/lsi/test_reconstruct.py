@@ -134,6 +134,14 @@ def test_the_relative_loss_does_not_depend_on_a_tokens_size() -> None:
     assert torch.equal(token_losses(output * sizes, target * sizes, "relative"), expected)
 
 
+def test_the_first_tokens_error_counts_beside_the_mean() -> None:
+    generator = torch.Generator().manual_seed(0)
+    output, target = (torch.randn(2, 5, 8, generator=generator) for _ in range(2))
+    plain = token_losses(output, target, "relative")
+    weighted = token_losses(output, target, "relative", first_token=0.2)
+    assert_close(weighted.mean(), plain.mean() + 0.2 * plain[:, 0].mean())
+
+
 def test_a_token_of_zeros_has_a_finite_relative_loss() -> None:
     assert torch.isfinite(token_losses(torch.ones(1, 1, 4), torch.zeros(1, 1, 4), "relative")).all()
 
