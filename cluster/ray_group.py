@@ -218,7 +218,7 @@ class RayGroup:
 
     def _retire(self, seat: Seat) -> list[Event]:
         self._end(seat)
-        return [WorkerLost(seat.worker, "it was told to leave, and left")] if seat.live else []
+        return [WorkerLost(seat.worker, "it was told to leave, and left", on_request=True)] if seat.live else []
 
     def _lose(self, seat: Seat, reason: str, *, fatal: bool = False) -> list[Event]:
         self._end(seat)

@@ -244,12 +244,14 @@ def status(
 ) -> None:
     """What a run has committed, what is left, who drives it and how fast; reads storage only, from anywhere."""
     _quiet_libraries()
+    from pipeline.lease_view import LeaseWatch
     from pipeline.status import read_status
     from pipeline.store import open_store
 
     try:
         store = open_store(run, parse_options(option or []))
-        show_status(lambda: read_status(store), as_json, watch)
+        lease = LeaseWatch(store)
+        show_status(lambda: read_status(store, lease), as_json, watch)
     except UserError as error:
         fail(str(error), REFUSED)
     except KeyboardInterrupt:

@@ -148,7 +148,11 @@ def test_a_worker_told_to_end_gives_its_unit_back_and_leaves(group: RayGroup, tm
     assert outcome.results["a"]["went on from"] == int(mark.read_text())
     told = [event for event in events if isinstance(event, WorkerLeaving | UnitReturned | WorkerLost)]
     worker = told[0].worker
-    assert told == [WorkerLeaving(worker), UnitReturned("a", worker), WorkerLost(worker, told[-1].reason)]  # type: ignore[union-attr]
+    assert told == [
+        WorkerLeaving(worker),
+        UnitReturned("a", worker),
+        WorkerLost(worker, told[-1].reason, on_request=True),
+    ]  # type: ignore[union-attr]
     assert _until(lambda: _ended(int(mark.read_text())))
 
 
