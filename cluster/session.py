@@ -16,10 +16,13 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray._private import worker as ray_worker
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 from cluster import guard
 from cluster.units import ClusterError
+
+log = logging.getLogger("lsi.ray")
 
 _CONNECT_SECONDS = 3.0
 _LONGEST_DIRECTORY = 40  # a socket's path has at most 107 bytes, and Ray puts 65 after its directory
@@ -108,12 +111,19 @@ def _connection(address: str) -> Iterator[list[str]]:
 
 
 def _init(**options: Any) -> str:
+    # Ray prints a page on standard output for every process that ends, whatever `log_to_driver` says: ours is for results.
+    ray_worker.print_to_stdstream = _to_log
     before = signal.getsignal(signal.SIGTERM)
     context = ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     # Ray's core takes SIGTERM for itself, prints addresses and ends the process: the caller's handler would never run.
     if before is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, before)
     return getattr(context, "dashboard_url", None) or ""
+
+
+def _to_log(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+    for line in data["lines"]:
+        log.info("%s: %s", data["pid"], line)
 
 
 @contextmanager

@@ -219,7 +219,10 @@ def show_result(result: dict[str, Any]) -> None:
     console = Console()
     if result["perplexity"]:
         header, rows = perplexity_rows(result["perplexity"])
-        table = Table(title=f"Perplexity, {result['scheme']}")
+        console.print(
+            f"Perplexity, {result['scheme']}", highlight=False
+        )  # as a title it would be broken to the table's width
+        table = Table()
         for index, name in enumerate(header):
             table.add_column(name, justify="left" if index == 0 else "right")
         for row in rows:

@@ -17,6 +17,8 @@ import handlers
 import psutil
 import pytest
 import ray
+from ray._private.utils import push_error_to_driver
+from ray._private.worker import global_worker
 
 from cluster import guard, seat, versions
 from cluster.events import Event, Instruction, UnitFailed, UnitReturned, WorkerLeaving, WorkerLost
@@ -253,6 +255,19 @@ def _listening(process: psutil.Process) -> list[Any]:
     with contextlib.suppress(psutil.Error):
         return [c for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
     return []
+
+
+def test_what_ray_says_of_dead_processes_goes_to_the_log(
+    session: None, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Standard output is for results; Ray would put a page there for every process that ends."""
+    with caplog.at_level("INFO", logger="lsi.ray"):
+        push_error_to_driver(global_worker, "test", "a process has ended", global_worker.current_job_id)
+        deadline = time.monotonic() + 30
+        while "raylet: a process has ended" not in caplog.messages and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert "raylet: a process has ended" in caplog.messages
+    assert capsys.readouterr().out == ""
 
 
 OUTSIDER = """
