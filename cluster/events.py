@@ -29,8 +29,11 @@ class WorkerLeaving:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLost:
+    """`on_request`: it had been told to leave, gave back what it ran, and went."""
+
     worker: str
     reason: str
+    on_request: bool = False
 
 
 @dataclass(frozen=True, slots=True)

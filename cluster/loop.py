@@ -128,6 +128,7 @@ def run_units(
                 ripe.append(event)
         for event in ripe:
             if end := run.feed(event):
+                group.show(run.scheduler.counts)
                 return Outcome(end.status, end.reason, run.results, end.unit, end.failures)
         group.show(run.scheduler.counts)
         arrived = patience.lost(run.scheduler.stuck) or group.poll(held.timeout())

@@ -1,14 +1,17 @@
-"""What a run shows to Prometheus, through Ray's own exporter on each node (Ray puts `ray_` before every name).
+"""What a run shows to Prometheus, through Ray's own exporter on each node (the driver's node has these).
+
+The names as Prometheus sees them; Ray puts `ray_` before those that are given here, and adds labels of its own.
 
 | name | kind | what |
 |---|---|---|
-| `lsi_units_waiting`, `lsi_units_ready`, `lsi_units_running`, `lsi_units_done`, `lsi_units_failed` | gauge | units of the set that runs, by state |
-| `lsi_workers` | gauge, by `kind` | workers that are there |
-| `lsi_workers_lost_total` | counter | workers lost, those that left on request among them |
-| `lsi_unit_attempts_failed_total` | counter | attempts of units that ended in an exception |
-| `lsi_units_returned_total` | counter | units handed back by workers that left |
+| `ray_lsi_units_waiting`, `ray_lsi_units_ready`, `ray_lsi_units_running`, `ray_lsi_units_done`, `ray_lsi_units_failed` | gauge | units of the plan that runs, by state; those that were committed before are in no plan |
+| `ray_lsi_workers` | gauge, by `kind` | workers that are there |
+| `ray_lsi_workers_lost_total` | counter | workers lost, those that left on request among them |
+| `ray_lsi_unit_attempts_failed_total` | counter | attempts of units that ended in an exception |
+| `ray_lsi_units_returned_total` | counter | units handed back by workers that left |
 
-Without the extra `ray[default]` there is no exporter: the values are recorded and nobody hears of them.
+Ray passes values on every ten seconds. Without the extra `ray[default]` there is no exporter: the values are recorded and
+nobody hears of them.
 """
 
 from collections import Counter as Tally

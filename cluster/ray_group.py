@@ -218,7 +218,7 @@ class RayGroup:
 
     def _retire(self, seat: Seat) -> list[Event]:
         self._end(seat)
-        return [WorkerLost(seat.worker, "it was told to leave, and left")] if seat.live else []
+        return [WorkerLost(seat.worker, "it was told to leave, and left", on_request=True)] if seat.live else []
 
     def _lose(self, seat: Seat, reason: str, *, fatal: bool = False) -> list[Event]:
         self._end(seat)
@@ -246,4 +246,4 @@ def _cause(error: Exception) -> str:
     """Ray's account of a death ends in general advice of many lines."""
     lines = str(error).splitlines()
     telling = next((line for line in lines if line.startswith("The actor is dead because")), _first_line(error))
-    return telling.split(" Some common causes")[0].strip()
+    return telling.removeprefix("The actor is dead because ").split(" Some common causes")[0].strip().rstrip(".")

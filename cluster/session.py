@@ -16,10 +16,13 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray._private import worker as ray_worker
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 from cluster import guard
 from cluster.units import ClusterError
+
+log = logging.getLogger("lsi.ray")
 
 _CONNECT_SECONDS = 3.0
 _LONGEST_DIRECTORY = 40  # a socket's path has at most 107 bytes, and Ray puts 65 after its directory
@@ -36,16 +39,17 @@ def ray_session(
 ) -> Iterator[None]:
     """None or "local" starts a private Ray on 127.0.0.1 with `cpus` CPUs (all there are by default) and ends it after;
     anything else ("auto", "host:port", "ray://host:port") connects to a running cluster. A private Ray listens on
-    127.0.0.1 alone and takes nobody without its token. `on_message` hears the dashboard's address, if there is one."""
+    127.0.0.1 alone and takes nobody without its token. `on_message` hears where the dashboard is, if there is one, and for
+    a private Ray where its token and the metrics are."""
     local = address is None or address == "local"
-    with _private_ray(cpus, dashboard) if local else _connection(str(address)) as url:
-        if url:
-            on_message(f"Ray dashboard: http://{url}")
+    with _private_ray(cpus, dashboard) if local else _connection(str(address)) as said:
+        for text in said:
+            on_message(text)
         yield
 
 
 @contextmanager
-def _private_ray(cpus: int | None, dashboard: bool) -> Iterator[str]:
+def _private_ray(cpus: int | None, dashboard: bool) -> Iterator[list[str]]:
     directory = _directory()
     command = [sys.executable, "-I", guard.__file__, directory]
     # A session of its own, or Ctrl-C would end the guard together with those it guards against.
@@ -53,13 +57,22 @@ def _private_ray(cpus: int | None, dashboard: bool) -> Iterator[str]:
     try:
         # The workers must find the handlers' modules wherever the driver found them.
         path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-        with _environment(RAY_USAGE_STATS_ENABLED="0", PYTHONPATH=path), _loopback(), _token(directory):
+        with _environment(RAY_USAGE_STATS_ENABLED="0", PYTHONPATH=path), _loopback(), _token(directory) as token:
             url = _start(cpus, dashboard, directory)
-        yield url
+        yield _where_to_look(url, token) if url else []
     finally:
         ray.shutdown()
         _forget_token()
         watcher.communicate()
+
+
+def _where_to_look(url: str, token: Path) -> list[str]:
+    """Of a private Ray, for a person. The token itself goes into no log."""
+    metrics = ray.nodes()[0]["MetricsExportPort"]
+    return [
+        f"Ray dashboard: http://{url} (it asks for the token, which is in {token})",
+        f"metrics for Prometheus: http://127.0.0.1:{metrics}/metrics",
+    ]
 
 
 def _start(cpus: int | None, dashboard: bool, directory: str) -> str:
@@ -82,7 +95,7 @@ def _start(cpus: int | None, dashboard: bool, directory: str) -> str:
 
 
 @contextmanager
-def _connection(address: str) -> Iterator[str]:
+def _connection(address: str) -> Iterator[list[str]]:
     if address != "auto":
         _check_listens(address)
     try:
@@ -92,12 +105,14 @@ def _connection(address: str) -> Iterator[str]:
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise _refusal(address, error) from error
     try:
-        yield url
+        yield [f"Ray dashboard: http://{url}"] if url else []
     finally:
         ray.shutdown()
 
 
 def _init(**options: Any) -> str:
+    # Ray prints a page on standard output for every process that ends, whatever `log_to_driver` says: ours is for results.
+    ray_worker.print_to_stdstream = _to_log
     before = signal.getsignal(signal.SIGTERM)
     context = ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     # Ray's core takes SIGTERM for itself, prints addresses and ends the process: the caller's handler would never run.
@@ -106,15 +121,20 @@ def _init(**options: Any) -> str:
     return getattr(context, "dashboard_url", None) or ""
 
 
+def _to_log(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+    for line in data["lines"]:
+        log.info("%s: %s", data["pid"], line)
+
+
 @contextmanager
-def _token(directory: str) -> Iterator[None]:
+def _token(directory: str) -> Iterator[Path]:
     """A fresh one for the processes of this session: it is in a file that only we can read, and goes with the session."""
     path = Path(directory) / "token"
     path.touch(mode=0o600)
     path.write_text(secrets.token_hex(32))
     with _environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(path), RAY_AUTH_TOKEN=None):
         _forget_token()
-        yield
+        yield path
 
 
 def _forget_token() -> None:

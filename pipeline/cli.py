@@ -219,7 +219,10 @@ def show_result(result: dict[str, Any]) -> None:
     console = Console()
     if result["perplexity"]:
         header, rows = perplexity_rows(result["perplexity"])
-        table = Table(title=f"Perplexity, {result['scheme']}")
+        console.print(
+            f"Perplexity, {result['scheme']}", highlight=False
+        )  # as a title it would be broken to the table's width
+        table = Table()
         for index, name in enumerate(header):
             table.add_column(name, justify="left" if index == 0 else "right")
         for row in rows:
@@ -244,12 +247,14 @@ def status(
 ) -> None:
     """What a run has committed, what is left, who drives it and how fast; reads storage only, from anywhere."""
     _quiet_libraries()
+    from pipeline.lease_view import LeaseWatch
     from pipeline.status import read_status
     from pipeline.store import open_store
 
     try:
         store = open_store(run, parse_options(option or []))
-        show_status(lambda: read_status(store), as_json, watch)
+        lease = LeaseWatch(store)
+        show_status(lambda: read_status(store, lease), as_json, watch)
     except UserError as error:
         fail(str(error), REFUSED)
     except KeyboardInterrupt:

@@ -113,6 +113,7 @@ class Driver:
             elif self.prepared.lease and self.prepared.lease.lost:
                 raise LeaseLostError(self.prepared.lease.lost)
             elif outcome.status != "done":
+                self._check_lease()
                 raise stopped(outcome, needed)
             elif lost := self._lost(graph, outcome):
                 raise StoppedError(
@@ -124,6 +125,17 @@ class Driver:
             f"artifacts were found damaged in {MOST_PLANS} plans one after another, the last: {outcome.reason}; check the storage.",
             interrupted=False,
         )
+
+    def _check_lease(self) -> None:
+        """A worker may be the first to notice that another driver took over. Raises LeaseLostError."""
+        if self.prepared.lease is None:
+            return
+        try:
+            self.prepared.lease.check()
+        except LeaseLostError:
+            raise
+        except Exception as error:  # storage that cannot be asked: what stopped the run is what must be told
+            self.report.message(f"the lease could not be checked: {self.store.clean(str(error))}")
 
     def _lost(self, graph: Graph, outcome: Outcome) -> list[str]:
         """Units that are done and whose artifacts were never here; those that were found damaged meanwhile are redone."""

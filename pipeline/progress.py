@@ -2,8 +2,10 @@
 
 Every line has `time` (seconds since 1970) and `event`. Events of the cluster are named after their class and carry its fields:
 `unit_started` (unit, worker), `unit_done` (unit, worker, host, seconds, peak_rss_mib and what the unit found, such as loss,
-perplexity, taken_up_at_step), `unit_failed` (unit, worker, kind, reason, traceback), `worker_joined` (worker), `worker_lost`
-(worker, reason), `stop_requested` (reason), `end` (status, reason, unit). The driver's own are `message` (text) and, every few
+perplexity, taken_up_at_step), `unit_failed` (unit, worker, kind, reason, traceback), `unit_returned` (unit, worker: handed back
+with what it had committed, since its worker was told to leave), `worker_joined` (worker, kind, memory), `worker_leaving` (worker),
+`worker_lost` (worker, reason, on_request), `stop_requested` (reason), `gave_up` (reason), `end` (status, reason, unit, failures).
+The driver's own are `message` (text) and, every few
 seconds, `progress` (done: by stage how many units are done, of how many).
 """
 
@@ -29,7 +31,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from cluster.scheduler import Assign, Event, Instruction, UnitFailed, WorkerLost
+from cluster.scheduler import Assign, Event, Instruction, UnitFailed, UnitReturned, WorkerLost
 from pipeline.errors import UserError
 from pipeline.graph import Node
 from pipeline.reporter import Reporter, Together
@@ -167,8 +169,12 @@ def note_of(node: Node, result: dict[str, Any]) -> str:
 def trouble(event: Event | Instruction) -> str | None:
     """One line for what a person should know of; joins are silent, losses are not."""
     match event:
+        case WorkerLost(worker, on_request=True):
+            return f"{worker} left, as it was asked to"
         case WorkerLost(worker, reason):
-            return f"{worker} was lost ({reason}); its unit goes to another"
+            return f"{worker} was lost ({reason}); what it ran goes to another"
+        case UnitReturned(unit, worker):
+            return f"{unit} was handed back by {worker}, which leaves; another goes on with it"
         case UnitFailed(unit, worker, "retry", message):
             return f"{unit} failed on {worker} and is tried again: {message}"
         case _:

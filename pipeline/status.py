@@ -10,10 +10,11 @@ from pipeline.artifacts import Artifact, CorruptArtifactError, committed, read_r
 from pipeline.errors import UserError
 from pipeline.graph import KINDS, Graph, Node
 from pipeline.identity import RUN_FILE
+from pipeline.lease_view import LeaseWatch
 from pipeline.progress import stage_of
 from pipeline.run import PLAN_FILE
 from pipeline.store import Store
-from pipeline.watch import FIELDS, HEARTBEAT, read_progress
+from pipeline.watch import FIELDS, read_progress
 
 STAGES = ("inspect", "capture", "optimize", "evaluate", "merge")
 
@@ -41,8 +42,8 @@ def _no_task(worker: object) -> dict[str, Any]:
     raise NotImplementedError("a plan read back from storage describes units, it cannot run them")
 
 
-def read_status(store: Store) -> dict[str, Any]:
-    """All that `lsi status` shows. Raises UserError if there is no run.
+def read_status(store: Store, watch: LeaseWatch | None = None) -> dict[str, Any]:
+    """All that `lsi status` shows. Raises UserError if there is no run. Who looks again gives the same `watch`.
 
     `stages` by name: total, left, running, and where this driver has done units of it: per_minute and seconds_left (about).
     """
@@ -57,7 +58,7 @@ def read_status(store: Store) -> dict[str, Any]:
     return {
         "run": store.url,
         "state": "finished" if done else "unfinished" if graph else "weights not inspected yet",
-        "driver": driver_status(progress),
+        "driver": driver_status(progress, (watch or LeaseWatch(store)).look()),
         "stages": {stage: count | _pace(progress, stage, count["left"]) for stage, count in counts.items()},
         "workers": [{"name": name, **worker} for name, worker in progress["workers"].items()],
         "failures": progress["failures"],
@@ -106,14 +107,21 @@ def _spans(progress: dict[str, Any], stage: str) -> list[tuple[float, float]]:
     return [(e["started"], e["ended"]) for e in entries if stage_of(e["unit"]) == stage and e["started"] >= since]
 
 
-def driver_status(progress: dict[str, Any]) -> dict[str, Any] | None:
-    """Who drives, or drove last; `state`: running, silent (nothing heard for too long: killed, or cut off), or ended."""
-    driver = progress["driver"]
-    if driver is None:
+def driver_status(progress: dict[str, Any], lease: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Who drives, or drove last, by the lease; by what the driver left where nobody holds the run or the lease is torn.
+
+    `state`: alive, held, silent or gone as in `LeaseWatch.look`; ended; or lost, if it neither ended nor holds the lease.
+    `last_word_seconds_ago` compares its clock with this one, and decides nothing.
+    """
+    told = progress["driver"]
+    if told is None and lease is None:
         return None
-    age = round(max(0.0, time.time() - progress["written"]), 1)
-    state = "ended" if progress["end"] else "running" if age < 3 * HEARTBEAT else "silent"
-    return {**driver, "state": state, "end": progress["end"], "last_word_seconds_ago": age}
+    age = None if told is None else round(max(0.0, time.time() - progress["written"]), 1)
+    who = {name: (lease or {}).get(name) or (told or {}).get(name) for name in ("host", "pid")}
+    state = lease["state"] if lease else "ended" if progress["end"] else "lost"
+    since = (told or {}).get("since")
+    end = None if lease else progress["end"]
+    return who | {"since": since, "state": state, "end": end, "last_word_seconds_ago": age, "lease": lease}
 
 
 def block_statuses(store: Store, graph: Graph, listed: dict[str, int]) -> list[dict[str, Any]]:

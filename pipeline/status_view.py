@@ -37,21 +37,32 @@ def headline(found: dict[str, Any]) -> str:
 
 
 def driver_line(found: dict[str, Any]) -> str:
-    """Who drives it, or what became of the last driver."""
+    """Who holds the run and whether that one lives, or what became of the last driver."""
     driver = found["driver"]
     if driver is None:
         return "no driver has left word"
-    who = f"{driver['host']}, process {driver['pid']}"
-    ago = f"{duration(driver['last_word_seconds_ago'])} ago"
-    if driver["state"] == "running":
-        return f"driven by {who}, for {duration(time.time() - driver['since'])}; last word {ago}"
-    if driver["state"] == "silent":
-        return f"was driven by {who}, which has said nothing for {ago.removesuffix(' ago')}: killed, or cut off from storage"
-    return f"not driven now; the last driver, {who}, ended {ago}: {driver['end']}"
+    who = f"host {driver['host']}, process {driver['pid']}"
+    lease = driver["lease"]
+    if lease is None:
+        how = f"ended: {driver['end']}" if driver["state"] == "ended" else "was lost without a word"
+        return f"not driven now; the last driver, {who}, {how} ({_ago(driver)})"
+    who = f"{who}, since {lease['since']}"
+    match driver["state"]:
+        case "alive":
+            return f"driven by {who}: alive, beat {lease['beat']}"
+        case "gone":
+            return f"was held by {who}, a process that has ended without giving it back: the next `lsi quantize` here takes over at once"
+        case "silent":
+            return f"held by {who}, whose beat stands still at {lease['beat']}: dead or cut off; the next `lsi quantize` takes over"
+    return f"held by {who}; last sign of life: beat {lease['beat']} (--watch tells whether it goes on)"
+
+
+def _ago(driver: dict[str, Any]) -> str:
+    return f"{duration(driver['last_word_seconds_ago'])} ago by this machine's clock"
 
 
 def driven(found: dict[str, Any]) -> bool:
-    return found["driver"] is not None and found["driver"]["state"] == "running"
+    return found["driver"] is not None and found["driver"]["state"] in ("alive", "held")
 
 
 def stage_rows(found: dict[str, Any]) -> Rows:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from cluster.scheduler import Assign, Event, Instruction, UnitDone, UnitFailed, WorkerJoined, WorkerLost
+from cluster.scheduler import Assign, Event, Instruction, UnitDone, UnitFailed, UnitReturned, WorkerJoined, WorkerLost
 from pipeline.graph import Node
 from pipeline.identity import read_json
 from pipeline.store import Store
@@ -77,6 +77,8 @@ class Watch:
         match event:
             case WorkerJoined(worker):
                 self.workers.setdefault(worker, {"host": None, "unit": None, "since": _now()})
+            case WorkerLost(worker, on_request=True):
+                self.workers.pop(worker, None)
             case WorkerLost(worker, reason):
                 unit = self.workers.pop(worker, {}).get("unit")
                 self._failed(unit, worker, f"its worker was lost: {reason}")
@@ -87,8 +89,8 @@ class Watch:
             case UnitFailed(unit, worker, _, message):
                 self._failed(unit, worker, message)
                 self._busy(worker, unit=None)
-            case _ if hasattr(event, "worker"):
-                self._busy(event.worker, unit=None)
+            case UnitReturned(_, worker):
+                self._busy(worker, unit=None)
 
     def _busy(self, worker: str, **what: Any) -> None:
         if worker in self.workers:  # else it was lost a moment ago

@@ -17,6 +17,8 @@ import handlers
 import psutil
 import pytest
 import ray
+from ray._private.utils import push_error_to_driver
+from ray._private.worker import global_worker
 
 from cluster import guard, seat, versions
 from cluster.events import Event, Instruction, UnitFailed, UnitReturned, WorkerLeaving, WorkerLost
@@ -148,7 +150,11 @@ def test_a_worker_told_to_end_gives_its_unit_back_and_leaves(group: RayGroup, tm
     assert outcome.results["a"]["went on from"] == int(mark.read_text())
     told = [event for event in events if isinstance(event, WorkerLeaving | UnitReturned | WorkerLost)]
     worker = told[0].worker
-    assert told == [WorkerLeaving(worker), UnitReturned("a", worker), WorkerLost(worker, told[-1].reason)]  # type: ignore[union-attr]
+    assert told == [
+        WorkerLeaving(worker),
+        UnitReturned("a", worker),
+        WorkerLost(worker, told[-1].reason, on_request=True),
+    ]  # type: ignore[union-attr]
     assert _until(lambda: _ended(int(mark.read_text())))
 
 
@@ -249,6 +255,19 @@ def _listening(process: psutil.Process) -> list[Any]:
     with contextlib.suppress(psutil.Error):
         return [c for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
     return []
+
+
+def test_what_ray_says_of_dead_processes_goes_to_the_log(
+    session: None, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Standard output is for results; Ray would put a page there for every process that ends."""
+    with caplog.at_level("INFO", logger="lsi.ray"):
+        push_error_to_driver(global_worker, "test", "a process has ended", global_worker.current_job_id)
+        deadline = time.monotonic() + 30
+        while "raylet: a process has ended" not in caplog.messages and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert "raylet: a process has ended" in caplog.messages
+    assert capsys.readouterr().out == ""
 
 
 OUTSIDER = """

@@ -2,8 +2,12 @@
 
 import json
 import shutil
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +16,14 @@ from rich.console import Console
 from running import Silent, run, tiny_config
 from typer.testing import CliRunner
 
+from cluster.events import UnitReturned, WorkerLeaving
 from cluster.scheduler import Assign, UnitDone, UnitFailed, WorkerJoined, WorkerLost
 from pipeline.cli import app
 from pipeline.driver import StoppedError
 from pipeline.errors import UserError
-from pipeline.progress import LineReporter, event_fields, event_name, open_log
+from pipeline.lease import Holder, hold, key_of, myself, process_start
+from pipeline.lease_view import LeaseWatch
+from pipeline.progress import LineReporter, event_fields, event_name, open_log, trouble
 from pipeline.run import Finished
 from pipeline.status import read_status
 from pipeline.status_view import duration, status_lines, status_view
@@ -89,8 +96,23 @@ def test_a_run_that_was_stopped(stopped: Store) -> None:
     assert "about" not in text, "nobody drives it, so no time is left to tell"
 
 
+TERM = 2  # the first one ended with the run that was stopped
+
+
+def elsewhere(seconds: float = 60) -> Holder:
+    """A driver on another machine, whose clock nobody asks."""
+    return replace(myself(seconds), host="head", pid=7, machine="another boot", since="1999-12-31T23:59:00+00:00")
+
+
+def hold_as(store: Store, holder: Holder, beat: int = 0) -> None:
+    store.put(key_of(TERM, "json"), json.dumps(asdict(holder)).encode())
+    if beat:
+        store.put(key_of(TERM, "beat"), str(beat).encode())
+
+
 def drive(store: Store, **more: Any) -> None:
     """As if its driver were at work: one of two workers trains, since half a minute."""
+    hold_as(store, elsewhere(), beat=40)
     now = time.time()
     workers = {
         "worker-0": {"host": "a", "unit": "optimize/001/000", "since": now - 30},
@@ -110,7 +132,7 @@ def test_a_run_that_is_driven_tells_its_pace(stopped: Store) -> None:
     assert found["stages"]["optimize"]["seconds_left"] == pytest.approx(80, abs=1)
     assert found["stages"]["merge"] == {"total": 1, "left": 1, "running": 0, "per_minute": None, "seconds_left": None}
     text = text_of(stopped)
-    assert "driven by head, process 7, for 10 min" in text
+    assert "held by host head, process 7, since 1999-12-31T23:59:00+00:00; last sign of life: beat 40" in text
     assert "about 80 s" in text
     assert ["worker-0", "a", "optimize/001/000", "30", "s"] in [line.split() for line in text.splitlines()]
     assert "(idle)" in text
@@ -128,12 +150,71 @@ def test_units_of_earlier_drivers_say_nothing_of_the_pace(stopped: Store) -> Non
     assert read_status(stopped)["stages"]["optimize"]["per_minute"] is None
 
 
-def test_a_driver_that_was_killed_is_told_from_one_that_works(stopped: Store) -> None:
-    drive(stopped, written=time.time() - 3600)
-    assert read_status(stopped)["driver"]["state"] == "silent"
-    text = text_of(stopped)
-    assert "which has said nothing for 1 h 00 min" in text
-    assert "worker-0" not in text
+def test_a_driver_elsewhere_is_alive_when_its_beat_goes_on(stopped: Store) -> None:
+    drive(stopped, written=0)  # by its clock 1970: nothing is concluded from that
+    watch = LeaseWatch(stopped)
+    assert read_status(stopped, watch)["driver"]["state"] == "held"
+    assert read_status(stopped, watch)["driver"]["state"] == "held"
+    hold_as(stopped, elsewhere(), beat=41)
+    found = read_status(stopped, watch)
+    assert found["driver"]["state"] == "alive"
+    assert found["driver"]["lease"] == {
+        "term": TERM,
+        "host": "head",
+        "pid": 7,
+        "since": "1999-12-31T23:59:00+00:00",
+        "beat": 41,
+        "state": "alive",
+    }
+    assert "driven by host head, process 7, since 1999-12-31T23:59:00+00:00: alive, beat 41" in status_lines(found)[1]
+
+
+def test_a_driver_elsewhere_whose_beat_stands_still_is_silent(stopped: Store) -> None:
+    drive(stopped)
+    watch = LeaseWatch(stopped)
+    assert read_status(stopped, watch)["driver"]["state"] == "held"
+    assert watch.last
+    watch.last = replace(watch.last, at=watch.last.at - 61)  # it has watched for longer than the lease lasts
+    found = read_status(stopped, watch)
+    assert found["driver"]["state"] == "silent"
+    assert "whose beat stands still at 40: dead or cut off" in status_lines(found)[1]
+    assert "worker-0" not in "\n".join(status_lines(found))
+
+
+def test_a_driver_of_this_machine_is_there_or_not(stopped: Store) -> None:
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    hold_as(stopped, replace(myself(60), pid=other.pid, process=process_start(other.pid)), beat=3)
+    who = f"host {socket.gethostname()}, process {other.pid}, since "
+    assert f"driven by {who}" in text_of(stopped)
+    other.kill()
+    other.communicate()
+    found = read_status(stopped)
+    assert found["driver"]["state"] == "gone"
+    assert f"was held by {who}" in status_lines(found)[1]
+    assert "a process that has ended without giving it back" in status_lines(found)[1]
+
+
+def test_a_driver_that_neither_ended_nor_holds_the_lease(stopped: Store) -> None:
+    edit(stopped, driver={"host": "head", "pid": 7, "since": 0.0}, end=None)
+    assert read_status(stopped)["driver"]["state"] == "lost"
+    assert "not driven now; the last driver, host head, process 7, was lost without a word" in text_of(stopped)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"host": 1}'])
+def test_a_torn_lease_says_what_the_driver_itself_left(stopped: Store, damage: bytes) -> None:
+    drive(stopped)
+    stopped.put(key_of(TERM, "json"), damage)
+    stopped.put(key_of(TERM, "beat"), damage)
+    driver = read_status(stopped)["driver"]
+    assert (driver["host"], driver["pid"], driver["state"], driver["lease"]["beat"]) == ("head", 7, "held", 0)
+    assert status_lines(read_status(stopped))
+
+
+def test_a_run_that_is_held_before_its_driver_left_a_word(stopped: Store) -> None:
+    stopped.delete(PROGRESS_FILE)
+    with hold(stopped, 60, lambda text: None):
+        assert f"driven by host {socket.gethostname()}, process " in text_of(stopped)
+    assert "no driver has left word" in text_of(stopped)
 
 
 def test_failures_are_told_with_the_last_ones_shown(stopped: Store) -> None:
@@ -175,7 +256,7 @@ def test_a_terminal_shows_the_same_in_tables(stopped: Store) -> None:
     shown = console.export_text()
     for piece in (
         "unfinished",
-        "driven by head",
+        "held by host head",
         "optimize",
         "2 of 4",
         "about 80 s",
@@ -215,6 +296,13 @@ def test_the_watch_follows_workers_and_failures(tmp_path: Path) -> None:
     watch.event(UnitDone("merge/a", "w0", RESULT))
     for number in range(FAILURES + 3):
         watch.event(UnitFailed(f"u{number}", "w0", "retry", "no room"))
+    for event in (WorkerJoined("w2"), Assign("merge/c", "w2"), WorkerLeaving("w2")):
+        watch.event(event)
+    assert watch.workers["w2"]["unit"] == "merge/c", "it goes on until it has handed its unit back"
+    failures = list(watch.failures)
+    watch.event(UnitReturned("merge/c", "w2"))
+    watch.event(WorkerLost("w2", "it left", on_request=True))
+    assert list(watch.failures) == failures
     watch.write(None)
     found = read_progress(store)
     assert {name: (w["unit"], w["host"]) for name, w in found["workers"].items()} == {"w0": (None, "h")}
@@ -278,11 +366,23 @@ def test_log_lines_are_named_after_events_and_flat(tmp_path: Path) -> None:
     }
     failed = event_fields(UnitFailed("a", "w", "retry", "no room", "Traceback"))
     assert failed == {"unit": "a", "worker": "w", "kind": "retry", "reason": "no room", "traceback": "Traceback"}
+    assert event_name(UnitReturned("a", "w")) == "unit_returned"
+    assert event_fields(WorkerLost("w", "r", on_request=True)) == {"worker": "w", "reason": "r", "on_request": True}
     log = tmp_path / "log.jsonl"
     for _ in range(2):  # a run that goes on adds to the file
         with open_log(str(log)) as stream:
             LineReporter(stream).event(WorkerJoined("w"))
     assert [json.loads(line)["event"] for line in log.read_text().splitlines()] == ["worker_joined"] * 2
+
+
+def test_who_left_on_request_is_not_told_as_lost() -> None:
+    assert (
+        trouble(WorkerLost("w", "its machine is gone"))
+        == "w was lost (its machine is gone); what it ran goes to another"
+    )
+    assert trouble(WorkerLost("w", "it left", on_request=True)) == "w left, as it was asked to"
+    assert trouble(UnitReturned("a", "w")) == "a was handed back by w, which leaves; another goes on with it"
+    assert trouble(WorkerLeaving("w")) is None
 
 
 def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
