@@ -193,13 +193,21 @@ class Costs:
         config = self.config.evaluation
         window = config.length * self.shape.hidden * self.shape.itemsize
         groups = math.ceil(config.windows / max(1, (self.config.storage.cache_mib << 20) // window))
-        tokens = config.windows * config.length
-        head = tokens * self.shape.outer / self.device.flops  # half of `outer` is the head's products, twice each
+        tokens, blocks = config.windows * config.length, task.stop - task.start
+        last = task.stop == self.shape.blocks
+        head = (
+            last * tokens * self.shape.outer / self.device.flops
+        )  # half of `outer` is the head's products, twice each
+        reads = [Read(a.path, groups * self.codes) for a in task.quantized]
+        reads += [Read(task.before.path, float(config.windows * window))] if task.before else []
+        outer = self.outer_bytes if last or not task.before else 0.0
         return Cost(
-            compute=self.shape.blocks * self._forward(tokens, config.length) + head,
+            compute=blocks * self._forward(tokens, config.length) + head,
             # What is quantized is read as codes alone.
-            weights=(0 if task.quantized else groups * self.shape.blocks * self.block_bytes) + self.outer_bytes,
-            reads=tuple(Read(a.path, groups * self.codes) for a in task.quantized),
+            weights=(0 if task.quantized else groups * blocks * self.block_bytes) + outer,
+            arguments=True,
+            reads=tuple(reads),
+            writes=() if last else ((task.out.path, float(config.windows * window)),),
             releases=True,
         )
 

@@ -16,12 +16,12 @@ from pipeline.skeleton import load_surroundings
 TinyModel = Callable[..., Path]
 
 
-class NoReading(AssertionError):
+class ReadingError(AssertionError):
     pass
 
 
 def refuse(self: ModelSource, name: str) -> Tensor:
-    raise NoReading(name)
+    raise ReadingError(name)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
