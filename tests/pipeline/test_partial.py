@@ -11,13 +11,12 @@ from running import Silent, checkpoint_hashes, run, tiny_config
 
 from cluster.group import ShouldYield, stay
 from cluster.units import YieldUnit
-from pipeline.artifacts import RECORD
+from pipeline.artifacts import RECORD, read_record, read_tensors
 from pipeline.config import RunConfig
 from pipeline.graph import Graph, Node
 from pipeline.prepare import prepare
 from pipeline.run import Finished
 from pipeline.store import Store
-from pipeline.tensors import deserialize
 from pipeline.worker import Worker, handle_unit
 
 STEPS = 3  # an epoch of 6 samples in chunks of 4, batches of 2
@@ -64,9 +63,10 @@ def node_of(graph: Graph, name: str) -> Node:
 
 def tensors_of(store: Store, node: Node) -> dict[str, torch.Tensor]:
     """Every tensor that a unit has made, bit by bit."""
-    files = [key for a in node.makes for key in store.list(a.path) if key.endswith(".safetensors")]
+    records = {a: read_record(store, a) for a in node.makes}
+    files = [(a, file) for a, record in records.items() if record for file in record.files]
     assert files
-    return {f"{key}:{n}": t for key in files for n, t in deserialize(store.get(key)).items()}
+    return {f"{a.path}/{file}:{n}": t for a, file in files for n, t in read_tensors(store, a, file).items()}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
