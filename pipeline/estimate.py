@@ -85,7 +85,6 @@ def estimate(config: RunConfig, workers: int | None = None) -> dict[str, Any]:
         {node.name: costs.of(node) for node in graph.nodes},
         workers or config.cluster.workers or 1,
         Network(cache=float(config.storage.cache_mib << 20)),
-        outer_bytes=costs.outer_bytes,
         keeps_activations=config.storage.keep_activations,
     )
     return {

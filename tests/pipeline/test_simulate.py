@@ -56,6 +56,14 @@ def test_writing_comes_after_computing() -> None:
     assert play([node("a")], cost, 1, Network(10.0, 10.0, 0.0, 0.0, writes_behind=True)).makespan == 2.0
 
 
+def test_a_stream_is_written_beside_the_last_pass_but_for_its_last_chunk() -> None:
+    """40 bytes in 4 chunks: 30 beside the last 4 seconds, 10 and the state's 5 after them."""
+    stream = {"writes": ((path("a"), 40.0), ("state", 5.0)), "chunks": 4}
+    assert play([node("a")], {"a": Cost(compute=10.0, behind=40.0, last_pass=4.0, **stream)}, 1).makespan == 11.5
+    assert play([node("a")], {"a": Cost(compute=10.0, behind=40.0, last_pass=2.0, **stream)}, 1).makespan == 12.5
+    assert play([node("a")], {"a": Cost(compute=10.0, **stream)}, 1).makespan == 14.5
+
+
 def test_transfers_share_the_store_and_a_shorter_one_leaves_its_part() -> None:
     """10 and 30 bytes at 10 a second together: both get 5 until the short one ends at 2, the rest takes 2 more."""
     costs = {"a": Cost(reads=(Read("x", 10.0),)), "b": Cost(reads=(Read("y", 30.0),))}
