@@ -208,7 +208,7 @@ class Builder:
             self.hidden[block + 1].append(out)
             task = CaptureTask(block, Chunk(source, CHUNK_FILE), out)
             name = f"capture/{block:03d}/{chunk:05d}"
-            self.add(Node(name, "capture", block, task, (source,), (out,), (block, 0, 0, chunk), f"capture {block}"))
+            self.add(Node(name, "capture", block, task, (source,), (out,), (block, 0, 0, chunk), f"block {block}"))
 
     def _needs_stream(self, block: int, epoch: int) -> bool:
         """Whether the block after reads this block's outputs of this epoch."""
@@ -261,7 +261,7 @@ class Builder:
             reads = (*sources, *self.hidden[block + 1], *((previous,) if previous else ()))
             makes = tuple(a for a in (stream, state, quantized) if a)
             node_name = f"optimize/{block:03d}/{epoch:03d}"
-            self.add(Node(node_name, "optimize", block, task, reads, makes, (block, 1, epoch), f"optimize {block}"))
+            self.add(Node(node_name, "optimize", block, task, reads, makes, (block, 1, epoch), f"block {block}"))
             previous = state
 
     def _round(self, block: int, name: str) -> Artifact:
@@ -287,7 +287,7 @@ class Builder:
                 made[sources] = out = Artifact("stream", unit_name(block, epoch), key)
                 task = StreamTask(block, inputs, quantized, out)
                 name = f"optimize/{block:03d}/stream-{epoch:03d}"
-                reads, affinity = (*sources, quantized), f"optimize {block}"
+                reads, affinity = (*sources, quantized), f"block {block}"
                 self.add(Node(name, "optimize", block, task, reads, (out,), (block, 1, epoch), affinity))
             self.streams[block, epoch] = made[sources]
 

@@ -173,3 +173,12 @@ def test_the_plan_states_the_storage_for_a_number_of_workers(model: Path, short_
     assert "at most at one time, on 3 workers" in "\n".join(estimate_lines(found))
     keeps = estimate(tiny_config(model, short_text, tmp_path / "run", storage={"keep_activations": True}), workers=3)
     assert keeps["bytes"]["high_water"] > found["bytes"]["high_water"]
+
+
+def test_the_plan_says_what_cache_spares_storage(model: Path, short_text: Path, tmp_path: Path) -> None:
+    sizes = {"samples": 100, "sequence_length": 64}  # 1.6 MiB a boundary
+    given = tiny_config(model, short_text, tmp_path / "run", data=sizes, storage={"cache_mib": 3})
+    assert "storage.cache_mib 3 holds a part of" in estimate_lines(estimate(given))[-1]
+    assert "again; 4 MiB of each worker's memory hold all" in estimate_lines(estimate(given))[-1]
+    enough = tiny_config(model, short_text, tmp_path / "run", data=sizes, storage={"cache_mib": 4})
+    assert not any("cache_mib" in line for line in estimate_lines(estimate(enough)))
