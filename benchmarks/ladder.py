@@ -2,7 +2,7 @@
 
     python benchmarks/ladder.py [--json OUT]
 
-Each step keeps those before it. Steps marked * are settings of today; the others are changes to the workers or the graph.
+Each step keeps those before it, but for the first of the two with 40 epochs. Steps marked * are settings of today; the others are changes to the workers or the graph.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ def steps(setting: Setting, network: Network) -> Iterator[tuple[str, Setting, Ne
     yield "schedule.refresh_every 4 *", setting, network
     setting = replace(setting, chunk_samples=16)
     yield "storage.chunk_samples 16 *", setting, network
+    yield "40 epochs, with the above *", replace(setting, epochs=40), network
     network = replace(network, weights_ahead=True)
-    yield "a worker has its block's weights and arguments before the first chunk comes", setting, network
+    yield "a worker has its block's weights before its unit begins", setting, network
     setting = replace(setting, evaluation=False)
-    yield "no perplexity at the end (the bound of what a faster evaluation brings)", setting, network
+    yield "no perplexity (the bound of what a faster evaluation brings)", setting, network
     network = replace(network, writes_behind=True)
-    yield "units write while they compute", setting, network
+    yield "captures and states, too, are written while units compute", setting, network
     setting = replace(setting, chunk_samples=4)
     yield "storage.chunk_samples 4 (pays once the weights are there) *", setting, network
     setting = replace(setting, epochs=40)

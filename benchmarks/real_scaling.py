@@ -181,7 +181,7 @@ def predicted(config: RunConfig, shards: Any, training_seconds: float, workers: 
     costs = Costs(inputs, shape, Device(flops), 0.0)
     network = Network(link=3e8, store=6e8, handling=0.02, cache=float(config.storage.cache_mib << 20))
     by_name = {node.name: costs.of(node) for node in graph.nodes}
-    found = simulate(graph, by_name, workers, network, outer_bytes=costs.outer_bytes)
+    found = simulate(graph, by_name, workers, network)
     return {
         "achieved_gflops": round(flops / 1e9, 1),
         "seconds": round(found.makespan, 2),

@@ -83,7 +83,6 @@ def play(setting: Setting, device: Device, network: Network) -> Simulated:
         {node.name: costs.of(node) for node in graph.nodes},
         setting.workers,
         replace(network, cache=setting.cache_gib * 2**30),
-        outer_bytes=costs.outer_bytes,
     )
 
 

@@ -11,12 +11,13 @@ from torch import Tensor
 from lsi.block import run_block
 from pipeline.artifacts import Artifact, Writer, read_tensors
 from pipeline.worker import Chunk, Worker
+from pipeline.write_behind import Behind
 
 CHUNK_FILE = "hidden.safetensors"
 TOKENS_FILE = "tokens.safetensors"
 
 
-def write_chunk(writer: Writer, file: str, hidden: Tensor) -> None:
+def write_chunk(writer: Writer | Behind, file: str, hidden: Tensor) -> None:
     writer.write_tensors(file, {"hidden": hidden.cpu()})
 
 
@@ -48,8 +49,10 @@ class CaptureTask:
 
     @torch.no_grad()
     def __call__(self, worker: Worker) -> dict[str, Any]:
+        worker.chunks.prefetch([self.inputs])  # arrives while the weights do
+        block = worker.block(self.block)
         hidden = worker.chunks.get(self.inputs).to(worker.device)
-        output = run_block(worker.block(self.block), hidden, worker.arguments(self.block, hidden.shape[1]))
+        output = run_block(block, hidden, worker.arguments(self.block, hidden.shape[1]))
         writer = Writer(worker.store, self.out)
         write_chunk(writer, CHUNK_FILE, output)
         writer.commit({"stamp": worker.stamp()})

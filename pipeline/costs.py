@@ -66,19 +66,19 @@ class Read:
 @dataclass(frozen=True)
 class Cost:
     """Of one unit. `weights` bytes are read unless the worker holds `block` (None: always); `state` unless it holds that;
-    `reads` arrive in `chunks` pieces one after another, beside the computing; `writes` by path."""
+    `reads` arrive in `chunks` pieces one after another, beside the computing; `writes` by path. Of these `behind` bytes are written chunk by
+    chunk beside the last `last_pass` seconds of computing."""
 
     compute: float = 0.0
     block: int | None = None
     weights: float = 0.0
-    arguments: bool = (
-        False  # needs what a block is called with, recorded once a worker from the weights outside the blocks
-    )
     state: Read | None = None
     new_state: str | None = None
     reads: tuple[Read, ...] = ()
     chunks: int = 1
     writes: tuple[tuple[str, float], ...] = ()
+    behind: float = 0.0
+    last_pass: float = 0.0
     releases: bool = False  # lets go of all that its worker holds
 
 
@@ -150,7 +150,6 @@ class Costs:
             compute=self._pass(samples),
             block=task.block,
             weights=self.block_bytes,
-            arguments=True,
             reads=(Read(task.inputs.artifact.path, size),),
             writes=((task.out.path, size),),
         )
@@ -176,12 +175,13 @@ class Costs:
             compute=self.epoch() + measures * self._pass(self.config.data.samples),
             block=task.block,
             weights=self.block_bytes,
-            arguments=True,
             state=previous,
             new_state=task.state.path if task.state else None,
             reads=tuple(Read(path, size, 1 + measures) for path, size in sizes.items()),
             chunks=len(task.inputs),
             writes=tuple(writes),
+            behind=self._activations(self.config.data.samples) if task.stream else 0.0,
+            last_pass=self._pass(self.config.data.samples) if task.stream else 0.0,
         )
 
     def state_bytes(self, compared: bool) -> float:
@@ -193,13 +193,20 @@ class Costs:
         config = self.config.evaluation
         window = config.length * self.shape.hidden * self.shape.itemsize
         groups = math.ceil(config.windows / max(1, (self.config.storage.cache_mib << 20) // window))
-        tokens = config.windows * config.length
-        head = tokens * self.shape.outer / self.device.flops  # half of `outer` is the head's products, twice each
+        tokens, blocks = config.windows * config.length, task.stop - task.start
+        last = task.stop == self.shape.blocks
+        head = (
+            last * tokens * self.shape.outer / self.device.flops
+        )  # half of `outer` is the head's products, twice each
+        reads = [Read(a.path, groups * self.codes) for a in task.quantized]
+        reads += [Read(task.before.path, float(config.windows * window))] if task.before else []
+        outer = self.outer_bytes if last or not task.before else 0.0
         return Cost(
-            compute=self.shape.blocks * self._forward(tokens, config.length) + head,
+            compute=blocks * self._forward(tokens, config.length) + head,
             # What is quantized is read as codes alone.
-            weights=(0 if task.quantized else groups * self.shape.blocks * self.block_bytes) + self.outer_bytes,
-            reads=tuple(Read(a.path, groups * self.codes) for a in task.quantized),
+            weights=(0 if task.quantized else groups * blocks * self.block_bytes) + outer,
+            reads=tuple(reads),
+            writes=() if last else ((task.out.path, float(config.windows * window)),),
             releases=True,
         )
 

@@ -18,6 +18,7 @@ from pipeline.block_state import WEIGHTS_FILE, pack_weights, unpack_weights
 from pipeline.capture import write_chunk
 from pipeline.optimize import stream_file
 from pipeline.worker import Chunk, Worker
+from pipeline.write_behind import behind
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,16 @@ class StreamTask:
     @torch.no_grad()
     def __call__(self, worker: Worker) -> dict[str, Any]:
         worker.chunks.drop_except({chunk.artifact.path for chunk in self.inputs})
+        worker.chunks.prefetch(self.inputs[:1])  # arrives while the weights do
         block = copy.deepcopy(worker.block(self.block))
         load_quantized(block, unpack_weights(read_tensors(worker.store, self.quantized, WEIGHTS_FILE)))
         writer = Writer(worker.store, self.stream)
-        for place, chunk in enumerate(self.inputs):
-            worker.leave_if_asked()
-            worker.chunks.prefetch(self.inputs[place : place + 2])
-            hidden = worker.chunks.get(chunk).to(worker.device)
-            output = run_block(block, hidden, worker.arguments(self.block, hidden.shape[1]))
-            write_chunk(writer, stream_file(place), output)
+        with behind(writer) as files:
+            for place, chunk in enumerate(self.inputs):
+                worker.leave_if_asked()
+                worker.chunks.prefetch(self.inputs[place : place + 2])
+                hidden = worker.chunks.get(chunk).to(worker.device)
+                output = run_block(block, hidden, worker.arguments(self.block, hidden.shape[1]))
+                write_chunk(files, stream_file(place), output)
         writer.commit({"loss": None, "stamp": worker.stamp()})
         return {}

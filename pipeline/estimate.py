@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,6 @@ def estimate(config: RunConfig, workers: int | None = None) -> dict[str, Any]:
         {node.name: costs.of(node) for node in graph.nodes},
         workers or config.cluster.workers or 1,
         Network(cache=float(config.storage.cache_mib << 20)),
-        outer_bytes=costs.outer_bytes,
         keeps_activations=config.storage.keep_activations,
     )
     return {
@@ -94,6 +94,7 @@ def estimate(config: RunConfig, workers: int | None = None) -> dict[str, Any]:
         "steps_per_block": steps,
         "steps": steps * blocks,
         "workers": simulated.workers,
+        "cache_mib": config.storage.cache_mib,
         "trained_per_block": costs.trained if config.optimizer.epochs else 0,
         "bytes": {
             "one_boundary": boundary if config.optimizer.epochs else 0,
@@ -115,6 +116,17 @@ def human_bytes(value: float) -> str:
     return f"{value:.1f} TiB"
 
 
+def cache_lines(found: dict[str, Any]) -> list[str]:
+    """What to set so that epochs do not read activations again; nothing where that is so already."""
+    needed = math.ceil(2 * found["bytes"]["one_boundary"] / 2**20)
+    if needed <= found["cache_mib"]:
+        return []
+    return [
+        f"memory        storage.cache_mib {found['cache_mib']} holds a part of a block's inputs and targets, and every pass reads the rest "
+        f"from storage again; {needed} MiB of each worker's memory hold all"
+    ]
+
+
 def estimate_lines(found: dict[str, Any]) -> list[str]:
     """For a person."""
     size = {name: human_bytes(value) for name, value in found["bytes"].items()}
@@ -127,4 +139,5 @@ def estimate_lines(found: dict[str, Any]) -> list[str]:
         f"results       {size['block_results']}",
         f"checkpoint    {size['checkpoint']}",
         f"storage       {size['high_water']} at most at one time, on {found['workers']} {'worker' if found['workers'] == 1 else 'workers'}",
+        *cache_lines(found),
     ]

@@ -1,4 +1,7 @@
-"""Stage `evaluate`: perplexity of the model before and after, with one block in memory at a time."""
+"""Stage `evaluate`: perplexity of the model before and after, with one block in memory at a time.
+
+The quantized model's is found in parts of some blocks each: only the last part waits for the last block.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 from lsi.block import load_quantized, round_block, run_block
 from pipeline.artifacts import Artifact, Writer, read_tensors
 from pipeline.block_state import WEIGHTS_FILE, unpack_weights
-from pipeline.capture import TOKENS_FILE
+from pipeline.capture import TOKENS_FILE, write_chunk
 from pipeline.perplexity import negative_log_likelihood, perplexity
 from pipeline.skeleton import Surroundings
 from pipeline.worker import Worker
@@ -23,37 +26,70 @@ def windows_at_once(worker: Worker, tokens: Tensor) -> int:
     return max(1, (worker.config.storage.cache_mib << 20) // size)
 
 
+def window_file(window: int) -> str:
+    """The file of one window's hidden states."""
+    return f"window-{window:05d}.safetensors"
+
+
+def _likelihood(surroundings: Surroundings, batches: list[Tensor], hidden: list[Tensor]) -> float:
+    """Negative log likelihood of some windows that have passed all blocks."""
+    pairs = zip(batches, hidden, strict=True)
+    return sum(negative_log_likelihood(surroundings.logits(batch, states), batch) for batch, states in pairs)
+
+
 Variant = Literal["full_precision", "round_to_nearest", "quantized"]
 
 
 @dataclass(frozen=True)
 class EvaluateTask:
-    """Perplexity of one variant on one text; `quantized` holds a result for every block, or nothing for the baselines."""
+    """Perplexity of one variant on one text, or a part of the way there: blocks `start` … `stop` − 1.
+
+    `quantized` holds the results of these blocks, or nothing for the baselines. `before` has the hidden states that enter
+    block `start`, a file for each window; None: begin with the tokens. The last part commits the perplexity to `out`, the
+    others the hidden states that leave their blocks.
+    """
 
     variant: Variant
     text: Artifact
+    start: int
+    stop: int
     quantized: tuple[Artifact, ...]
+    before: Artifact | None
     out: Artifact
 
     @torch.no_grad()
     def __call__(self, worker: Worker) -> dict[str, Any]:
         tokens = read_tensors(worker.store, self.text, TOKENS_FILE)["tokens"]
         worker.release()
-        surroundings = worker.surroundings()
-        total = sum(self._group(worker, surroundings, group) for group in tokens.split(windows_at_once(worker, tokens)))
-        result = {"perplexity": perplexity(total, *tokens.shape)}
-        Writer(worker.store, self.out).commit(result | {"stamp": worker.stamp()})
+        last = self.stop == len(worker.skeleton)
+        surroundings = worker.surroundings() if last or self.before is None else None
+        writer, total, size = Writer(worker.store, self.out), 0.0, windows_at_once(worker, tokens)
+        for first in range(0, len(tokens), size):
+            batches = [window.unsqueeze(0).long().to(worker.device) for window in tokens[first : first + size]]
+            hidden = self._through(worker, surroundings, batches, first)
+            if last and surroundings:
+                total += _likelihood(surroundings, batches, hidden)
+            else:
+                for place, states in enumerate(hidden):
+                    write_chunk(writer, window_file(first + place), states)
+        result = {"perplexity": perplexity(total, *tokens.shape)} if last else {}
+        writer.commit(result | {"stamp": worker.stamp()})
         return result
 
-    def _group(self, worker: Worker, surroundings: Surroundings, tokens: Tensor) -> float:
-        """Negative log likelihood of some windows, each block being read once for all of them."""
-        batches = [window.unsqueeze(0).long().to(worker.device) for window in tokens]
-        hidden = [surroundings.embed(batch) for batch in batches]
-        for index in range(len(worker.skeleton)):
+    def _through(
+        self, worker: Worker, surroundings: Surroundings | None, batches: list[Tensor], first: int
+    ) -> list[Tensor]:
+        """Some windows behind this part's blocks, each block being read once for all of them."""
+        if self.before is not None:
+            files = [window_file(first + place) for place in range(len(batches))]
+            hidden = [read_tensors(worker.store, self.before, file)["hidden"].to(worker.device) for file in files]
+        else:
+            assert surroundings is not None
+            hidden = [surroundings.embed(batch) for batch in batches]
+        for index in range(self.start, self.stop):
             worker.leave_if_asked()
             self._run_block(worker, index, hidden)
-        pairs = zip(batches, hidden, strict=True)
-        return sum(negative_log_likelihood(surroundings.logits(batch, states), batch) for batch, states in pairs)
+        return hidden
 
     def _run_block(self, worker: Worker, index: int, hidden: list[Tensor]) -> None:
         block = self._variant_of(worker, index)
@@ -63,7 +99,7 @@ class EvaluateTask:
     def _variant_of(self, worker: Worker, index: int) -> nn.Module:
         # One block after another: nothing gained by keeping any.
         if self.variant == "quantized":
-            weights = unpack_weights(read_tensors(worker.store, self.quantized[index], WEIGHTS_FILE))
+            weights = unpack_weights(read_tensors(worker.store, self.quantized[index - self.start], WEIGHTS_FILE))
             # At 70B the linears are 1.7 GB a block, and this unit is the last that everything waits for.
             block = worker.new_block(index, without=weights.keys())
             load_quantized(block, weights)

@@ -26,6 +26,8 @@ from pipeline.worker import Chunk, Task
 # Artifacts that are deleted once their last reader has committed.
 TRANSIENT = ("hidden", "stream", "state", "partial")
 KINDS = (*TRANSIENT, "quarantine", "quantized", "evaluation", "shard")
+# Blocks that one unit of the quantized model's evaluation passes.
+EVALUATION_PART = 10
 # Sums on a CPU and on a GPU differ: all units but the merge, which computes nothing, go to one kind of workers.
 TRAIN = "train"
 
@@ -146,6 +148,11 @@ def chunk_ranges(samples: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, samples)) for start in range(0, samples, size)]
 
 
+def _last_part(blocks: int) -> int:
+    """The first block of the last part of an evaluation."""
+    return (blocks - 1) // EVALUATION_PART * EVALUATION_PART
+
+
 class Builder:
     """Adds the stages' units one after another."""
 
@@ -201,7 +208,7 @@ class Builder:
             self.hidden[block + 1].append(out)
             task = CaptureTask(block, Chunk(source, CHUNK_FILE), out)
             name = f"capture/{block:03d}/{chunk:05d}"
-            self.add(Node(name, "capture", block, task, (source,), (out,), (block, 0, 0, chunk), f"capture {block}"))
+            self.add(Node(name, "capture", block, task, (source,), (out,), (block, 0, 0, chunk), f"block {block}"))
 
     def _needs_stream(self, block: int, epoch: int) -> bool:
         """Whether the block after reads this block's outputs of this epoch."""
@@ -254,7 +261,7 @@ class Builder:
             reads = (*sources, *self.hidden[block + 1], *((previous,) if previous else ()))
             makes = tuple(a for a in (stream, state, quantized) if a)
             node_name = f"optimize/{block:03d}/{epoch:03d}"
-            self.add(Node(node_name, "optimize", block, task, reads, makes, (block, 1, epoch), f"optimize {block}"))
+            self.add(Node(node_name, "optimize", block, task, reads, makes, (block, 1, epoch), f"block {block}"))
             previous = state
 
     def _round(self, block: int, name: str) -> Artifact:
@@ -280,7 +287,7 @@ class Builder:
                 made[sources] = out = Artifact("stream", unit_name(block, epoch), key)
                 task = StreamTask(block, inputs, quantized, out)
                 name = f"optimize/{block:03d}/stream-{epoch:03d}"
-                reads, affinity = (*sources, quantized), f"optimize {block}"
+                reads, affinity = (*sources, quantized), f"block {block}"
                 self.add(Node(name, "optimize", block, task, reads, (out,), (block, 1, epoch), affinity))
             self.streams[block, epoch] = made[sources]
 
@@ -291,19 +298,32 @@ class Builder:
             results = tuple(self.quantized) if variant == "quantized" else ()
             scheme = self.config.scheme.model_dump(mode="json") if variant == "round_to_nearest" else None
             for name, text in self.inputs.texts.items():
-                key = self.key(
-                    "evaluate",
-                    variant=variant,
-                    text=text.key,
-                    weights=weights,
-                    scheme=scheme,
-                    results=[a.key for a in results],
-                )
+                reads = {"variant": variant, "text": text.key, "scheme": scheme}
+                key = self.key("evaluate", **reads, weights=weights, results=[a.key for a in results])
                 out = Artifact("evaluation", f"{variant}-{name}", key)
-                task = EvaluateTask(variant, text, results, out)
-                priority = (self.inputs.blocks, 0)
-                self.add(Node(f"evaluate/{variant}/{name}", "evaluate", -1, task, results, (out,), priority))
+                before = self._evaluate_parts(name, text, reads) if results else None
+                start = _last_part(self.inputs.blocks) if results else 0
+                task = EvaluateTask(variant, text, start, self.inputs.blocks, results[start:], before, out)
+                self._add_evaluation(f"evaluate/{variant}/{name}", task)
                 self.graph.goals.append(out)
+
+    def _evaluate_parts(self, name: str, text: Artifact, reads: dict[str, Any]) -> Artifact | None:
+        """All parts of the quantized model's evaluation but the last, which come while later blocks still train."""
+        before: Artifact | None = None
+        for start in range(0, _last_part(self.inputs.blocks), EVALUATION_PART):
+            stop = start + EVALUATION_PART
+            weights = [*self.inputs.block_digests[:stop], self.inputs.outer_digest]
+            results = tuple(self.quantized[:stop])
+            key = self.key("evaluation states", **reads, weights=weights, results=[a.key for a in results])
+            out = Artifact("hidden", f"evaluation-{name}-boundary-{stop:03d}", key)
+            task = EvaluateTask("quantized", text, start, stop, results[start:], before, out)
+            self._add_evaluation(f"evaluate/quantized/{name}/{stop:03d}", task)
+            before = out
+        return before
+
+    def _add_evaluation(self, name: str, task: EvaluateTask) -> None:
+        reads = (*task.quantized, *((task.before,) if task.before else ()))
+        self.add(Node(name, "evaluate", -1, task, reads, (task.out,), (self.inputs.blocks, 0)))
 
     def _merge(self) -> None:
         weights = [self.inputs.outer_digest, *self.inputs.block_digests]

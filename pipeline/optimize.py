@@ -14,6 +14,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from pipeline.block_state import WEIGHTS_FILE, Best, Trained, begin, number, pac
 from pipeline.capture import write_chunk
 from pipeline.partial import Commits, Epoch
 from pipeline.worker import Chunk, Worker
+from pipeline.write_behind import behind
 
 STATE_FILE = "state.safetensors"
 
@@ -67,6 +69,7 @@ class TrainTask:
 
     def __call__(self, worker: Worker) -> dict[str, Any]:
         worker.chunks.drop_except({chunk.artifact.path for chunk in (*self.inputs, *self.targets)})
+        self._await_first(worker)
         commits = Commits(worker, self.block, self.epoch, self.key)
         epoch = commits.take_up() or self._begin(worker)
         taken_up = len(epoch.losses)
@@ -75,6 +78,15 @@ class TrainTask:
         done = self._conclude(worker, epoch, lambda: commits.check(epoch))
         commits.clear()
         return done | {"taken_up_at_step": taken_up}
+
+    def _await_first(self, worker: Worker) -> None:
+        """Let the first chunk arrive while weights and state do."""
+        first = 0 if self.comparison == "begins" else self._order(worker)[0]
+        worker.chunks.prefetch([self.inputs[first], self.targets[first]])
+
+    def _order(self, worker: Worker) -> list[int]:
+        """Of the chunks, keyed by seed, block and epoch."""
+        return permutation(len(self.inputs), worker.config.optimizer.seed, self.block, self.epoch)
 
     def _begin(self, worker: Worker) -> Epoch:
         """At the epoch's first step."""
@@ -100,9 +112,8 @@ class TrainTask:
         return *unpack_state(worker, self.block, tensors, record.meta["best"]), record.meta["history"]
 
     def _train(self, worker: Worker, epoch: Epoch, commits: Commits) -> None:
-        """What is left of one pass in an order keyed by seed, block and epoch."""
-        config = worker.config
-        order = permutation(len(self.inputs), config.optimizer.seed, self.block, self.epoch)
+        """What is left of one pass."""
+        order = self._order(worker)
         done = len(epoch.losses)
         for place, chunk in enumerate(order):
             batches = self._batches(worker, chunk)[done:]
@@ -188,15 +199,16 @@ class TrainTask:
         block = copy.deepcopy(worker.block(self.block))
         load_quantized(block, weights)
         error, count = 0.0, 0
-        for chunk, inputs, targets in self._pass(worker):
-            pause()
-            output = run_block(block, inputs, worker.arguments(self.block, inputs.shape[1]))
-            method = worker.config.method
-            losses = token_losses(output, targets, method.loss, method.first_token)
-            error += float(losses.sum(dtype=torch.float64))
-            count += losses.numel()
-            if stream:
-                write_chunk(stream, stream_file(chunk), output)
+        method = worker.config.method
+        with behind(stream) if stream else nullcontext() as files:
+            for chunk, inputs, targets in self._pass(worker):
+                pause()
+                output = run_block(block, inputs, worker.arguments(self.block, inputs.shape[1]))
+                losses = token_losses(output, targets, method.loss, method.first_token)
+                error += float(losses.sum(dtype=torch.float64))
+                count += losses.numel()
+                if files:
+                    write_chunk(files, stream_file(chunk), output)
         return error / count if math.isfinite(error) else math.inf
 
     def _pass(self, worker: Worker) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -1,9 +1,9 @@
 """A run in simulated time: the real graph and the real scheduler, driven by a clock instead of workers.
 
 A unit's time goes into phases, one after another: its fixed cost (hand-out, commit), what must be read before it can compute,
-computing beside the reading of the chunks that follow, writing. All transfers share the store: each gets an equal part of its
+computing beside the reading of the chunks that follow, a last pass that also writes its chunks behind it, the rest of writing. All transfers share the store: each gets an equal part of its
 bandwidth, and never more than its worker's own link. That is what `pipeline.worker` does today: one chunk is read ahead
-within a unit, nothing across units, and writes are waited for. A worker's memory (its block, its state, its cache of chunks)
+and a stream's chunks are written behind within a unit, nothing across units. A worker's memory (its block, its state, its cache of chunks)
 is followed unit by unit.
 
 The same arguments give the same result: no randomness, ties in the order of their origin.
@@ -30,7 +30,7 @@ class Network:
     costs whatever it does (hand-out, small objects). `cache`: bytes of activations that a worker keeps.
 
     `reads_ahead`: chunks of a unit are read while it computes. `writes_behind`, `weights_ahead`: what today's workers do not
-    do, to see what it would bring: writing while computing; a block's weights and arguments being there when its unit begins.
+    do, to see what it would bring: writing all that a unit writes while it computes; a block's weights being there when its unit begins.
     """
 
     link: float = 25e9 / 8
@@ -90,7 +90,6 @@ class _Seat:
     name: str
     block: int | None = None
     state: str | None = None
-    arguments: bool = False
     kept: dict[str, float] = field(default_factory=dict)
     unit: str | None = None
     began: float = 0.0
@@ -114,16 +113,13 @@ class _Seat:
                     room -= kept
         return passes
 
-    def load(self, cost: Cost, outer: float) -> tuple[float, float]:
+    def load(self, cost: Cost) -> tuple[float, float]:
         """Bytes of weights and of state that are not here yet."""
         weights = cost.weights if cost.block is None or cost.block != self.block else 0.0
-        if cost.arguments and not self.arguments:
-            weights += outer
         state = cost.state.size if cost.state and cost.state.path != self.state else 0.0
         return weights, state
 
     def remember(self, cost: Cost) -> None:
-        self.arguments = self.arguments or cost.arguments
         self.block = cost.block if cost.block is not None else self.block
         self.state = cost.new_state
         if cost.releases:
@@ -151,9 +147,9 @@ class _Transfers:
 
 
 class _Simulation:
-    def __init__(self, graph: Graph, costs: Mapping[str, Cost], workers: int, network: Network, outer: float) -> None:
+    def __init__(self, graph: Graph, costs: Mapping[str, Cost], workers: int, network: Network) -> None:
         self.nodes = {node.name: node for node in graph.nodes}
-        self.costs, self.network, self.outer = costs, network, outer
+        self.costs, self.network = costs, network
         self.scheduler = Scheduler(graph.units(graph.nodes), max_attempts=1)
         self.seats = {name: _Seat(name) for name in (f"worker-{i}" for i in range(workers))}
         self.transfers = _Transfers(network)
@@ -184,20 +180,24 @@ class _Simulation:
 
     def _begin(self, assign: Assign) -> None:
         seat, cost, network = self.seats[assign.worker], self.costs[assign.unit], self.network
-        weights, state = seat.load(cost, self.outer)
+        weights, state = seat.load(cost)
         passes = seat.stream(cost, network.cache)
-        first = sum(passes) / cost.chunks if network.reads_ahead else sum(passes)
+        first = 1 / cost.chunks if network.reads_ahead else 1.0  # the part of a pass that its computing waits for
         written = sum(size for _, size in cost.writes)
         self.read += weights + state + sum(passes)
         self.written += written
-        behind = written if network.writes_behind else 0.0
         ahead = network.weights_ahead and cost.block is not None
-        before = state + first + (0.0 if ahead else weights)
+        before = state + first * sum(passes) + (0.0 if ahead else weights)
+        # The last pass writes its chunks; its own last one is waited for.
+        last = passes.pop() if cost.last_pass and passes else 0.0
+        beside = written if network.writes_behind else 0.0
+        behind = 0.0 if network.writes_behind else cost.behind * (1 - 1 / cost.chunks)
         phases = [
             _Phase(seconds=network.handling, use="handling"),
             _Phase(transfer=before),
-            _Phase(transfer=sum(passes) - first + behind, seconds=cost.compute),
-            _Phase(transfer=written - behind),
+            _Phase(transfer=(1 - first) * sum(passes) + beside, seconds=cost.compute - cost.last_pass),
+            _Phase(transfer=(1 - first) * last + behind, seconds=cost.last_pass),
+            _Phase(transfer=written - beside - behind),
         ]
         seat.unit, seat.began, seat.phases = assign.unit, self.now, phases[::-1]
         self._advance(seat)
@@ -274,12 +274,11 @@ def simulate(
     workers: int,
     network: Network,
     *,
-    outer_bytes: float = 0.0,
     keeps_activations: bool = False,
     with_timeline: bool = False,
 ) -> Simulated:
-    """Play a whole run. `costs` by unit name; `outer_bytes`: what a worker reads once to know a block's call arguments."""
-    simulation = _Simulation(graph, costs, workers, network, outer_bytes)
+    """Play a whole run. `costs` by unit name."""
+    simulation = _Simulation(graph, costs, workers, network)
     simulation.transient = () if keeps_activations else TRANSIENT
     simulation.run()
     whole = workers * simulation.now or 1.0

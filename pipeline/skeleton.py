@@ -275,11 +275,16 @@ def _to_meta(value: Any) -> Any:
 
 def load_surroundings(skeleton: Skeleton, source: ModelSource, dtype: torch.dtype, device: str = "cpu") -> Surroundings:
     """Read everything outside the blocks; the blocks themselves are replaced by stand-ins."""
+    return surround(skeleton, lambda model: _fill(model, "", source, skeleton.model, dtype), device)
+
+
+def surround(skeleton: Skeleton, fill: Callable[[PreTrainedModel], None], device: str = "cpu") -> Surroundings:
+    """The model with stand-ins for its blocks; `fill` gives values to everything else."""
     handed_in: list[Tensor | None] = [None]
     model = copy.deepcopy(skeleton.model)
     stand_ins = [_StandIn(block, lambda: handed_in[0]) for block in skeleton.blocks]
     model.set_submodule(skeleton.blocks_name, nn.ModuleList(stand_ins))
-    _fill(model, "", source, skeleton.model, dtype)
+    fill(model)
     # A tied head is the same tensor as the embedding; filling replaced one of the two.
     model.tie_weights()
     model.to(device)  # type: ignore[arg-type]

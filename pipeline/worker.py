@@ -21,6 +21,7 @@ from cluster.group import ShouldYield, stay
 from cluster.units import UnitError, YieldUnit
 from lsi.block import linear_names
 from pipeline.artifacts import Artifact, CorruptArtifactError, discard, read_tensors
+from pipeline.call_arguments import call_arguments
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.lease import check_same_place, check_term
@@ -136,7 +137,9 @@ class Worker:
     def arguments(self, block: int, sequence_length: int) -> Arguments:
         """What a block is called with; recorded once per sequence length."""
         if sequence_length not in self._arguments:
-            self._arguments[sequence_length] = self.surroundings().arguments(sequence_length)
+            self._arguments[sequence_length] = call_arguments(
+                self.skeleton, self.source, sequence_length, self.context.dtype, self.device
+            )
         return self._arguments[sequence_length][block]
 
     def block(self, index: int) -> nn.Module:

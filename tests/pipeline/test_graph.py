@@ -227,3 +227,20 @@ def test_a_quarantined_block_has_one_stream_for_each_of_its_inputs(block: int, s
     built = build_graph(replace(inputs(schedule={"kind": "parallel"}), quarantined={block: "a reason"}))
     assert sum(isinstance(node.task, StreamTask) for node in built.nodes) == streams
     assert not [n for n in built.nodes if isinstance(n.task, TrainTask) and n.block == block]
+
+
+def test_the_quantized_model_is_evaluated_in_parts_of_which_one_waits_for_the_last_block() -> None:
+    built = graph(25)
+    waits = {n: d for n, d in dependencies(built).items() if n.startswith("evaluate/")}
+
+    def last(blocks: range) -> set[str]:
+        return {f"optimize/{block:03d}/002" for block in blocks}
+
+    assert waits == {
+        "evaluate/full_precision/news": set(),
+        "evaluate/round_to_nearest/news": set(),
+        "evaluate/quantized/news/010": last(range(10)),
+        "evaluate/quantized/news/020": last(range(10, 20)) | {"evaluate/quantized/news/010"},
+        "evaluate/quantized/news": last(range(20, 25)) | {"evaluate/quantized/news/020"},
+    }
+    assert [n.split("/")[-1] for n in dependencies(graph(10)) if n.startswith("evaluate/quantized")] == ["news"]

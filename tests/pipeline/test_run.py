@@ -357,3 +357,16 @@ def test_a_loss_that_is_not_finite_is_recorded_and_the_block_keeps_its_start(
         assert (
             f"- **block {block}**: training met a loss or gradient that is not finite; it keeps its best state" in card
         )
+
+
+@pytest.mark.parametrize("part", [1, 2])
+def test_an_evaluation_in_parts_finds_the_same_perplexity(
+    model: Path, short_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int
+) -> None:
+    sections: dict[str, Any] = {"optimizer": {"epochs": 1}, "storage": {"cache_mib": 0}}
+    _, whole = run(tiny_config(model, short_text, tmp_path / "whole", **sections))
+    monkeypatch.setattr("pipeline.graph.EVALUATION_PART", part)
+    finished, found = run(tiny_config(model, short_text, tmp_path / "parts", **sections))
+    assert found["perplexity"] == whole["perplexity"]
+    assert sum(node.stage == "evaluate" for node in finished.graph.nodes) == 2 + -(-3 // part)
+    assert not any("/hidden" in key for key in finished.prepared.store.list("hidden")), "states outlive their reader"

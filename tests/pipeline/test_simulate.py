@@ -56,6 +56,14 @@ def test_writing_comes_after_computing() -> None:
     assert play([node("a")], cost, 1, Network(10.0, 10.0, 0.0, 0.0, writes_behind=True)).makespan == 2.0
 
 
+def test_a_stream_is_written_beside_the_last_pass_but_for_its_last_chunk() -> None:
+    """40 bytes in 4 chunks: 30 beside the last 4 seconds, 10 and the state's 5 after them."""
+    stream = {"writes": ((path("a"), 40.0), ("state", 5.0)), "chunks": 4}
+    assert play([node("a")], {"a": Cost(compute=10.0, behind=40.0, last_pass=4.0, **stream)}, 1).makespan == 11.5
+    assert play([node("a")], {"a": Cost(compute=10.0, behind=40.0, last_pass=2.0, **stream)}, 1).makespan == 12.5
+    assert play([node("a")], {"a": Cost(compute=10.0, **stream)}, 1).makespan == 14.5
+
+
 def test_transfers_share_the_store_and_a_shorter_one_leaves_its_part() -> None:
     """10 and 30 bytes at 10 a second together: both get 5 until the short one ends at 2, the rest takes 2 more."""
     costs = {"a": Cost(reads=(Read("x", 10.0),)), "b": Cost(reads=(Read("y", 30.0),))}
@@ -165,3 +173,12 @@ def test_the_plan_states_the_storage_for_a_number_of_workers(model: Path, short_
     assert "at most at one time, on 3 workers" in "\n".join(estimate_lines(found))
     keeps = estimate(tiny_config(model, short_text, tmp_path / "run", storage={"keep_activations": True}), workers=3)
     assert keeps["bytes"]["high_water"] > found["bytes"]["high_water"]
+
+
+def test_the_plan_says_what_cache_spares_storage(model: Path, short_text: Path, tmp_path: Path) -> None:
+    sizes = {"samples": 100, "sequence_length": 64}  # 1.6 MiB a boundary
+    given = tiny_config(model, short_text, tmp_path / "run", data=sizes, storage={"cache_mib": 3})
+    assert "storage.cache_mib 3 holds a part of" in estimate_lines(estimate(given))[-1]
+    assert "again; 4 MiB of each worker's memory hold all" in estimate_lines(estimate(given))[-1]
+    enough = tiny_config(model, short_text, tmp_path / "run", data=sizes, storage={"cache_mib": 4})
+    assert not any("cache_mib" in line for line in estimate_lines(estimate(enough)))
