@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from lsi.block import linear_names
-from lsi.grid import Grid, QuantizedWeight
+from lsi.grid import Grid
 from pipeline.artifacts import Artifact, Record, Writer, put_hashed, read_record, read_tensors
-from pipeline.block_state import WEIGHTS_FILE, unpack_weights
+from pipeline.block_state import WEIGHTS_FILE, BlockResult
 from pipeline.config import RunConfig
 from pipeline.model_source import ModelSource
 from pipeline.packed_format import pack_linear, packed_layout, quantization_config
@@ -80,17 +80,15 @@ def shard_file(index: int, count: int) -> str:
 
 
 def shards_with_blocks(
-    shards: list[list[str]], linears: Mapping[str, int]
+    shards: list[list[str]], skeleton: Skeleton
 ) -> list[tuple[str, tuple[str, ...], tuple[int, ...]]]:
-    """The checkpoint's files: name, parameters, blocks whose results they hold."""
-    return [
-        (
-            shard_file(index, len(shards)),
-            tuple(names),
-            tuple(sorted({linears[n.removesuffix(".weight")] for n in names if n.removesuffix(".weight") in linears})),
-        )
-        for index, names in enumerate(shards)
-    ]
+    """The checkpoint's files: name, parameters, blocks whose results they hold (norms may be folded into)."""
+    files = []
+    for index, names in enumerate(shards):
+        places = (skeleton.place(name) for name in names)
+        blocks = {place[0] for place in places if place is not None}
+        files.append((shard_file(index, len(shards)), tuple(names), tuple(sorted(blocks))))
+    return files
 
 
 @dataclass(frozen=True)
@@ -123,35 +121,42 @@ class MergeTask:
 
 
 class Packer:
-    """Makes a checkpoint tensor by its name; keeps the quantized weights of one block and the packed tensors of one linear."""
+    """Makes a checkpoint tensor by its name; keeps the result of one block and the packed tensors of one linear."""
 
     def __init__(self, worker: Worker, quantized: Mapping[int, Artifact]) -> None:
         self.worker = worker
         self.quantized = quantized
         self.linears = quantized_linears(worker.skeleton, worker.config.scheme.skip)
-        self.block: tuple[int, dict[str, QuantizedWeight]] | None = None
+        self.block: tuple[int, BlockResult] | None = None
         self.packed: tuple[str, dict[str, Tensor]] | None = None
 
     def __call__(self, name: str) -> Tensor:
         self.worker.leave_if_asked()
         owner = name.rpartition(".")[0]
         if owner not in self.linears or name == f"{owner}.bias":
-            return self._untouched(name)
+            return self._unquantized(name)
         if self.packed is None or self.packed[0] != owner:
             self.packed = (owner, self._pack(owner))
         return self.packed[1][name]
 
-    def _untouched(self, name: str) -> Tensor:
+    def _result(self, index: int) -> BlockResult:
+        if self.block is None or self.block[0] != index:
+            self.block = None
+            tensors = read_tensors(self.worker.store, self.quantized[index], WEIGHTS_FILE)
+            self.block = (index, BlockResult.unpack(tensors))
+        return self.block[1]
+
+    def _unquantized(self, name: str) -> Tensor:
         worker = self.worker
+        place = worker.skeleton.place(name)
+        if place is not None and place[1] in (folded := self._result(place[0]).folded):
+            return folded[place[1]]
         tensor = worker.source.read(stored_name(name, worker.source, worker.skeleton.model))
         return tensor.to(worker.context.dtype) if tensor.is_floating_point() else tensor
 
     def _pack(self, owner: str) -> dict[str, Tensor]:
         index = self.linears[owner]
-        if self.block is None or self.block[0] != index:
-            self.block = None
-            self.block = (index, unpack_weights(read_tensors(self.worker.store, self.quantized[index], WEIGHTS_FILE)))
-        weight = self.block[1][owner.removeprefix(self.worker.skeleton.block_prefix(index) + ".")]
+        weight = self._result(index).weights[owner.removeprefix(self.worker.skeleton.block_prefix(index) + ".")]
         zero = None if self.worker.config.scheme.symmetric else weight.zero_point
         return pack_linear(owner, weight.codes, weight.scale, zero, self.worker.config.scheme.bits)
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from lsi.block import get_linear, linear_names
+from lsi.families import family_of, find_family
+from lsi.pairs import find_pairs
 from pipeline.artifacts import Artifact, CorruptArtifactError, Writer, digest, discard, intact, read_file, read_record
 from pipeline.capture import TOKENS_FILE
 from pipeline.config import MethodConfig, RunConfig
@@ -114,6 +116,22 @@ def check_rank(skeleton: Skeleton, index: int, names: list[str], method: MethodC
         )
 
 
+def check_equivalence(method: MethodConfig, skeleton: Skeleton) -> None:
+    """Refuse an equivalent transformation that a block cannot take."""
+    if not method.equivalence:
+        return
+    try:
+        find_family(skeleton.model.config.model_type)
+        for block in skeleton.blocks:
+            family = family_of(block)
+            find_pairs(block, family, method.equivalence_kinds, shifts=method.shifts)
+            for kind in method.equivalence if method.equivalence != "auto" else ():
+                find_pairs(block, family, [kind], shifts=False)
+    except ValueError as error:
+        key = "method.shifts" if "shifts" in str(error) else "method.equivalence"
+        raise UserError(f"{key}: {error}") from error
+
+
 def check_place(checkpoint: Store, config: RunConfig, autocast: torch.dtype | None) -> None:
     """Refuse to overwrite a checkpoint that this run did not make."""
     if not checkpoint.exists(CONFIG_FILE):
@@ -162,6 +180,7 @@ def prepare(config: RunConfig, report: Reporter) -> Prepared:
     skeleton = make_skeleton(source.config, trust_remote_code=config.model.trust_remote_code)
     check_tensors(skeleton, source)
     check_scheme(config, skeleton)
+    check_equivalence(config.method, skeleton)
     report.message(f"reading calibration text {config.data.source}")
     tokens, texts, values = read_tokens(config, source)
     claim(store, config, autocast)

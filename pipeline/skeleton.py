@@ -75,6 +75,12 @@ class Skeleton:
     def block_prefix(self, index: int) -> str:
         return f"{self.blocks_name}.{index}"
 
+    def place(self, name: str) -> tuple[int, str] | None:
+        """The block that a tensor of the model belongs to and its name there; None for one outside the blocks."""
+        within = name.removeprefix(f"{self.blocks_name}.")
+        index, _, local = within.partition(".")
+        return None if within == name else (int(index), local)
+
 
 def make_skeleton(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Skeleton:
     model = empty_model(config, trust_remote_code=trust_remote_code)

@@ -11,7 +11,7 @@ from running import Silent, checkpoint_hashes, run, tiny_config
 
 from lsi.grid import Grid, round_to_nearest
 from pipeline.artifacts import read_tensors
-from pipeline.block_state import WEIGHTS_FILE, unpack_weights
+from pipeline.block_state import WEIGHTS_FILE, BlockResult
 from pipeline.driver import StoppedError
 from pipeline.errors import UserError
 from pipeline.evaluate_checkpoint import evaluate_checkpoint
@@ -32,7 +32,7 @@ def results(finished: Finished) -> dict[str, Any]:
     """Every quantized weight of a run by its full name."""
     found = {}
     for index, artifact in enumerate(artifacts_of(finished, "quantized")):
-        weights = unpack_weights(read_tensors(finished.prepared.store, artifact, WEIGHTS_FILE))
+        weights = BlockResult.unpack(read_tensors(finished.prepared.store, artifact, WEIGHTS_FILE)).weights
         found |= {f"model.layers.{index}.{name}": weight for name, weight in weights.items()}
     return found
 
