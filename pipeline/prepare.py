@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from lsi.block import get_linear, linear_names
+from lsi.experts import OpenedExperts
 from lsi.families import family_of, find_family
 from lsi.pairs import find_pairs
 from pipeline.artifacts import Artifact, CorruptArtifactError, Writer, digest, discard, intact, read_file, read_record
 from pipeline.capture import TOKENS_FILE
-from pipeline.config import MethodConfig, RunConfig
+from pipeline.config import MethodConfig, RunConfig, SchemeConfig
 from pipeline.data import calibration_tokens, evaluation_tokens
 from pipeline.errors import UserError
 from pipeline.gguf_import import import_gguf
@@ -96,6 +97,7 @@ def check_scheme(config: RunConfig, skeleton: Skeleton) -> None:
         names = linear_names(skeleton.blocks[index], skeleton.block_prefix(index), config.scheme.skip)
         check_groups(skeleton, index, names, config.scheme.group_size)
         check_rank(skeleton, index, names, config.method)
+        check_experts(skeleton, index, names, config.scheme)
         found = found or bool(names)
     if not found:
         raise UserError(
@@ -113,6 +115,17 @@ def check_rank(skeleton: Skeleton, index: int, names: list[str], method: MethodC
         listed = ", ".join(f"{name} ({rank})" for name, rank in small.items())
         raise UserError(
             f"method.{key} {asked} is above the rank of {listed}: set method.{key} to {min(small.values())} or less"
+        )
+
+
+def check_experts(skeleton: Skeleton, index: int, names: list[str], scheme: SchemeConfig) -> None:
+    """Refuse zero points of experts: transformers 5 drops them when it fuses what it has unpacked."""
+    opened = [n for n, module in skeleton.blocks[index].named_modules() if isinstance(module, OpenedExperts)]
+    inside = [name for name in names if any(name.startswith(f"{mixture}.") for mixture in opened)]
+    if inside and not scheme.symmetric:
+        raise UserError(
+            f"scheme.symmetric is false, but block {index} holds experts ({inside[0]} and others), whose zero points "
+            "transformers does not load: set scheme.symmetric to true, or add *.experts.* to scheme.skip"
         )
 
 

@@ -53,6 +53,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
 }
+MIXTURE = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
 
 @pytest.fixture
@@ -147,6 +148,20 @@ def test_every_family_from_text_to_a_checkpoint_that_loads(
     assert_loader_agrees(finished, result, short_text, 1e-4 if dtype == "float32" else 2e-2)
 
 
+@pytest.mark.parametrize("equivalence", [[], "auto"], ids=["plain", "let"])
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_experts_are_quantized_one_by_one_and_saved_as_their_family_does(
+    tiny_model: TinyModel, short_text: Path, tmp_path: Path, model_type: str, equivalence: Any
+) -> None:
+    folder = family(tiny_model, tmp_path / "model", model_type, **MIXTURE)
+    sections: dict[str, Any] = {"scheme": {"symmetric": True}, "method": {"equivalence": equivalence}}
+    finished, result = run(tiny_config(folder, short_text, tmp_path / "run", **TRAINED | sections))
+    kept = {name.replace("weight_packed", "weight") for name in checkpoint(finished)} - {"lm_head.weight"}
+    assert set(load_file(folder / "model.safetensors")) - {"lm_head.weight"} <= kept
+    assert sum("experts" in name and name.endswith("weight_packed") for name in checkpoint(finished)) == 2 * 4 * 3
+    assert_loader_agrees(finished, result, short_text)
+
+
 def test_a_linear_that_is_left_alone_is_folded_into_all_the_same(model: Path, short_text: Path, tmp_path: Path) -> None:
     sections: dict[str, Any] = {"method": {"equivalence": "auto"}, "scheme": {"skip": ["lm_head", "o_proj"]}}
     finished, result = run(tiny_config(model, short_text, tmp_path / "run", **TRAINED | sections))
@@ -237,6 +252,14 @@ def test_what_a_family_cannot_have_is_refused_before_any_work(
         with pytest.raises(UserError, match=message):
             check()
     assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+def test_zero_points_of_experts_are_refused(tiny_model: TinyModel, short_text: Path, tmp_path: Path) -> None:
+    folder = family(tiny_model, tmp_path / "m", "mixtral", **MIXTURE)
+    with pytest.raises(UserError, match=r"scheme\.symmetric is false, but block 0 holds experts .* to scheme\.skip"):
+        prepare(tiny_config(folder, short_text, tmp_path / "run"), Silent())
+    skip = {"skip": ["lm_head", "*.experts.*"]}
+    prepare(tiny_config(folder, short_text, tmp_path / "run", scheme=skip), Silent())
 
 
 def test_shifts_alone_and_unknown_kinds_are_refused() -> None:
