@@ -17,11 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lsi.block import linear_names, load_quantized, run_block
-from lsi.grid import Grid, QuantizedWeight
+from lsi.block import linear_names, run_block
+from lsi.equivalence import collect_ranges
+from lsi.grid import Grid
 from lsi.increment import DEFAULT_LEARNING_RATE, KINDS, Increment
 from lsi.linear import Parts
+from lsi.pairs import KINDS as EQUIVALENCES
 from lsi.reconstruct import Method, Reconstruction, token_losses
+from pipeline.block_state import EQUIVALENCE_LEARNING_RATE, result_of
 from pipeline.config import DataConfig, ScheduleConfig
 from pipeline.data import calibration_tokens, evaluation_tokens
 from pipeline.gguf_import import import_gguf
@@ -68,11 +71,6 @@ class Trial:
     def apply(self, block: nn.Module, index: int, chunks: list[Tensor]) -> list[Tensor]:
         return [run_block(block, chunk, self.arguments[index]) for chunk in chunks]
 
-    def quantized_block(self, index: int, weights: dict[str, QuantizedWeight]) -> nn.Module:
-        block = self.block(index)
-        load_quantized(block, weights)
-        return block
-
     def begin(self, index: int) -> Reconstruction:
         options = self.options
         names = linear_names(self.skeleton.blocks[index], self.skeleton.block_prefix(index), [])
@@ -89,14 +87,23 @@ class Trial:
                 "clipping": options.clipping_rate or (0.1 if options.clipping == "learned" else 1 / total),
                 "increment": options.increment_rate or DEFAULT_LEARNING_RATE,
                 "rounding": options.rounding_rate or 1 / total,
+                "equivalence": options.equivalence_rate,
             },
             total_steps=total,
             steps=options.steps,
             loss=options.loss,
             first_token=options.first_token,
             autocast=torch.bfloat16,
+            equivalence=tuple(options.equivalence),
         )
         return Reconstruction(self.block(index), names, method)
+
+    def smooth(self, index: int, training: Reconstruction, inputs: list[Tensor]) -> None:
+        """Start the scales as SmoothQuant does."""
+        assert training.equivalence is not None
+        block = self.block(index)
+        batches = ((chunk, self.arguments[index]) for chunk in inputs)
+        training.equivalence.start(block, collect_ranges(block, training.equivalence.pairs, batches))
 
     def epoch(self, index: int, epoch: int) -> None:
         """Train one block for one epoch, and keep its outputs."""
@@ -104,12 +111,15 @@ class Trial:
         source = input_epoch(self.schedule, epoch, self.options.epochs)
         inputs = self.boundaries[index] if index == 0 or source is None else self.streams[index - 1, source]
         targets = self.boundaries[index + 1]
+        if epoch == 0 and self.options.smoothquant:
+            self.smooth(index, training, inputs)
         for chunk in permutation(len(inputs), self.options.seed, index, epoch):
             order = permutation(len(inputs[chunk]), self.options.seed, index, epoch, chunk)
             for start in range(0, len(order), self.options.batch):
                 batch = order[start : start + self.options.batch]
                 training.step(inputs[chunk][batch], targets[chunk][batch], self.arguments[index])
-        block = self.quantized_block(index, training.quantized())
+        block = self.block(index)
+        result_of(training, torch.bfloat16).load(block)
         self.streams[index, epoch] = outputs = self.apply(block, index, inputs)
         if epoch == self.options.epochs - 1:
             pairs = zip(outputs, targets, strict=True)
@@ -162,6 +172,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--clipping-rate", type=float)
     parser.add_argument("--rounding", action="store_true")
     parser.add_argument("--rounding-rate", type=float)
+    parser.add_argument("--equivalence", nargs="*", choices=EQUIVALENCES, default=[])
+    parser.add_argument("--equivalence-rate", type=float, default=EQUIVALENCE_LEARNING_RATE)
+    parser.add_argument("--smoothquant", action="store_true", help="the equivalent transformation's start")
     parser.add_argument("--steps", choices=["adamw", "signed"], default="adamw")
     parser.add_argument("--loss", choices=["relative", "mse"], default="relative")
     parser.add_argument("--first-token", type=float, default=0.1)

@@ -63,6 +63,9 @@ class OpenedExperts(nn.Module):
         top_k_weights: Float[Tensor, "tokens choices"],
     ) -> Float[Tensor, "tokens hidden"]:
         output = torch.zeros_like(hidden_states)
+        if output.is_meta:
+            # Shapes alone: who goes where is not known there.
+            return output
         for number, expert in enumerate(self.experts()):
             token, choice = torch.where(top_k_index == number)
             if len(token):

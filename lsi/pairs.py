@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lsi.families import Family, model_type_of
 
 KINDS = ("norm", "value_output", "query_key", "up_down")
+WEIGHT_ONLY = ("norm", "value_output", "up_down")
 Index = Int[Tensor, " channels"]
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from lsi.block import load_quantized
+from lsi.equivalence import load_tensors
 from lsi.grid import QuantizedWeight
 from lsi.increment import DEFAULT_LEARNING_RATE
 from lsi.reconstruct import Method, Reconstruction
@@ -17,6 +20,8 @@ from pipeline.config import RunConfig
 from pipeline.worker import Context, Worker
 
 WEIGHTS_FILE = "quantized.safetensors"
+# Of log scales and shifts: OmniQuant's, which holds for a few hundred steps as for its thousands.
+EQUIVALENCE_LEARNING_RATE = 5e-3
 
 
 def steps_per_epoch(config: RunConfig) -> int:
@@ -34,6 +39,7 @@ def learning_rates(config: RunConfig) -> dict[str, float]:
         "clipping": optimizer.clipping_learning_rate or clipping,
         "increment": optimizer.increment_learning_rate or DEFAULT_LEARNING_RATE,
         "rounding": optimizer.rounding_learning_rate or 1 / total,
+        "equivalence": optimizer.equivalence_learning_rate or EQUIVALENCE_LEARNING_RATE,
     }
 
 
@@ -49,60 +55,86 @@ def make_method(context: Context) -> Method:
         loss=config.method.loss,
         first_token=config.method.first_token,
         autocast=context.autocast,
+        equivalence=config.method.equivalence_kinds,
+        shifts=config.method.shifts,
     )
 
 
-def pack_weights(weights: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
-    """Flat tensors of a block's quantized linears, for one file."""
-    return {
-        f"{name}/{part}": tensor.cpu()
-        for name, q in weights.items()
-        for part, tensor in (("codes", q.codes), ("scale", q.scale), ("zero_point", q.zero_point))
-    }
+@dataclass(frozen=True)
+class BlockResult:
+    """What a block becomes, by names within it: its quantized linears, and the other tensors that an equivalent
+    transformation has changed, in the dtype they are stored in. All else stays as it is in the model."""
+
+    weights: Mapping[str, QuantizedWeight]
+    folded: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def load(self, block: nn.Module) -> None:
+        """Write it into a plain block: what a loader of the checkpoint computes with."""
+        load_tensors(block, self.folded)
+        load_quantized(block, self.weights)
+
+    def pack(self) -> dict[str, Tensor]:
+        """Flat tensors, for one file: NAME/codes, NAME/scale, NAME/zero_point of a linear, and NAME/folded."""
+        packed = {
+            f"{name}/{part}": tensor.cpu()
+            for name, q in self.weights.items()
+            for part, tensor in (("codes", q.codes), ("scale", q.scale), ("zero_point", q.zero_point))
+        }
+        return packed | {f"{name}/folded": tensor.cpu() for name, tensor in self.folded.items()}
+
+    @staticmethod
+    def unpack(tensors: Mapping[str, Tensor]) -> BlockResult:
+        """The inverse of `pack`."""
+        linears = sorted(key.removesuffix("/codes") for key in tensors if key.endswith("/codes"))
+        parts = ("codes", "scale", "zero_point")
+        weights = {name: QuantizedWeight(*(tensors[f"{name}/{part}"] for part in parts)) for name in linears}
+        folded = {key.removesuffix("/folded"): t for key, t in tensors.items() if key.endswith("/folded")}
+        return BlockResult(weights, folded)
 
 
-def unpack_weights(tensors: Mapping[str, Tensor]) -> dict[str, QuantizedWeight]:
-    """The inverse of `pack_weights`."""
-    names = sorted({key.rpartition("/")[0] for key in tensors})
-    return {n: QuantizedWeight(tensors[f"{n}/codes"], tensors[f"{n}/scale"], tensors[f"{n}/zero_point"]) for n in names}
+def result_of(reconstruction: Reconstruction, dtype: torch.dtype) -> BlockResult:
+    """The present state of a block in training; what is not quantized is rounded to the dtype it is stored in."""
+    folded = {name: tensor.to(dtype) for name, tensor in reconstruction.folded().items()}
+    return BlockResult(reconstruction.quantized(), folded)
 
 
 @dataclass
 class Trained:
-    """A block in training, and the codes it began with."""
+    """A block in training, and the result it began with: round-to-nearest, from which nothing is folded yet."""
 
     reconstruction: Reconstruction
-    initial: dict[str, QuantizedWeight]
+    initial: BlockResult
 
 
 @dataclass
 class Best:
-    """The best state on the present inputs; weights None: the initial one, which is cheap to make again."""
+    """The best state on the present inputs; result None: the initial one, which is cheap to make again."""
 
     name: str
     loss: float
-    weights: dict[str, QuantizedWeight] | None
+    result: BlockResult | None
     initial_loss: float
 
     def meta(self) -> dict[str, Any]:
         return {"kept": self.name, "loss": number(self.loss), "initial_loss": number(self.initial_loss)}
 
     def tensors(self) -> dict[str, Tensor]:
-        return {f"best/{k}": t for k, t in pack_weights(self.weights or {}).items()}
+        return {f"best/{k}": t for k, t in self.result.pack().items()} if self.result else {}
 
     @staticmethod
     def unpack(meta: dict[str, Any] | None, tensors: Mapping[str, Tensor]) -> Best | None:
         if meta is None:
             return None
-        weights = unpack_weights(under("best/", tensors))
-        return Best(meta["kept"], from_number(meta["loss"]), weights or None, from_number(meta["initial_loss"]))
+        packed = under("best/", tensors)
+        result = BlockResult.unpack(packed) if packed else None
+        return Best(meta["kept"], from_number(meta["loss"]), result, from_number(meta["initial_loss"]))
 
 
 def begin(worker: Worker, block: int) -> Trained:
     """A block at the start of its training."""
     own: nn.Module = copy.deepcopy(worker.block(block))
     reconstruction = Reconstruction(own, worker.linears(block), make_method(worker.context))
-    return Trained(reconstruction, reconstruction.quantized())
+    return Trained(reconstruction, BlockResult(reconstruction.quantized()))
 
 
 def pack_state(trained: Trained, best: Best | None) -> dict[str, Tensor]:

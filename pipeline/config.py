@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from lsi.grid import Grid
 from lsi.increment import Increment, Kind
 from lsi.linear import Parts
+from lsi.pairs import KINDS, WEIGHT_ONLY
 from pipeline.errors import UserError
 
 
@@ -89,6 +90,15 @@ class MethodConfig(Section):
     rank: int | None = Field(None, ge=1, description="keep the leading singular values only; null: all of them")
     corner: int = Field(100, ge=1, description="k of the corner increment; the paper has 100 to 600")
     band: int = Field(1, ge=0, description="diagonals on each side of the main one, of the band increment")
+    equivalence: list[Literal["norm", "value_output", "query_key", "up_down"]] | Literal["auto"] = Field(
+        default=[],
+        description="equivalent transformations (LET), folded into norms and weights: norm, value_output, up_down, query_key "
+        "(changes no code), or auto: those of the first three that the family has",
+    )
+    equivalence_start: Literal["identity", "smoothquant"] = Field(
+        "smoothquant", description="LET's scales at first: 1, or from the ranges of inputs and weights"
+    )
+    shifts: bool = Field(False, description="LET with shifts, where a family's biases can hold them (OPT)")
     loss: Literal["relative", "mse"] = Field(
         "relative",
         description="error of a block's outputs, each token divided by its own size, or as in the papers not divided",
@@ -105,6 +115,11 @@ class MethodConfig(Section):
     def increments(self) -> Increment:
         """The increment as the algorithm takes it."""
         return Increment(self.increment, self.rank, self.corner, self.band)
+
+    @property
+    def equivalence_kinds(self) -> tuple[str, ...]:
+        """Kinds of equivalent transformations as the algorithm takes them, in its order; a block has some of auto's."""
+        return WEIGHT_ONLY if self.equivalence == "auto" else tuple(k for k in KINDS if k in self.equivalence)
 
 
 class OptimizerConfig(Section):
@@ -129,6 +144,9 @@ class OptimizerConfig(Section):
     )
     increment_learning_rate: float | None = Field(
         None, gt=0, description="in grid steps of each linear, whatever the increment's kind. Default: 1e-2"
+    )
+    equivalence_learning_rate: float | None = Field(
+        None, gt=0, description="of the logarithms of LET's scales, and of its shifts. Default: 5e-3"
     )
     seed: int = Field(0, description="order of the samples")
 
@@ -252,10 +270,15 @@ class RunConfig(Section):
                 f"schedule.lead {self.schedule.lead} means nothing for {self.schedule.kind}: set schedule.kind to wave"
             )
         method = self.method
-        if self.optimizer.epochs and method.clipping == method.increment == method.rounding == "none":
+        if method.shifts and not method.equivalence:
             raise ValueError(
-                f"optimizer.epochs is {self.optimizer.epochs}, but method.clipping, method.increment and method.rounding are all none, so nothing is trained: "
-                "set optimizer.epochs to 0 for round-to-nearest, or choose what to learn"
+                "method.shifts means nothing without method.equivalence: set that to auto, or leave it out"
+            )
+        nothing = method.clipping == method.increment == method.rounding == "none" and not method.equivalence
+        if self.optimizer.epochs and nothing:
+            raise ValueError(
+                f"optimizer.epochs is {self.optimizer.epochs}, but method.clipping, method.increment and method.rounding are all none and "
+                "method.equivalence is empty, so nothing is trained: set optimizer.epochs to 0 for round-to-nearest, or choose what to learn"
             )
         return self
 

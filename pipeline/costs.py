@@ -156,7 +156,9 @@ class Costs:
 
     def _train(self, task: TrainTask) -> Cost:
         compared = task.comparison != "none"
-        measures = (task.comparison == "begins") + bool(task.stream or compared)
+        method = self.config.method
+        smooths = bool(method.equivalence) and method.equivalence_start == "smoothquant" and task.previous is None
+        measures = (task.comparison == "begins") + bool(task.stream or compared) + smooths
         writes: list[tuple[str, float]] = []
         if task.stream:
             writes.append((task.stream.path, self._activations(self.config.data.samples)))
@@ -212,7 +214,7 @@ class Costs:
 
 
 def trained_numbers(config: RunConfig, shape: Shape) -> int:
-    """Trained numbers in one block."""
+    """Trained numbers in one block, without those of an equivalent transformation: one or two a channel."""
     grid = config.scheme.grid
     total = 0
     for out, width in shape.linears:

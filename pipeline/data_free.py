@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from lsi.block import load_quantized, round_block, run_block
+from lsi.block import round_block, run_block
 from pipeline.artifacts import Artifact, Writer, read_tensors
-from pipeline.block_state import WEIGHTS_FILE, pack_weights, unpack_weights
+from pipeline.block_state import WEIGHTS_FILE, BlockResult
 from pipeline.capture import write_chunk
 from pipeline.optimize import stream_file
 from pipeline.worker import Chunk, Worker
@@ -34,7 +34,7 @@ class RoundTask:
             worker.block(self.block), worker.linears(self.block), worker.config.scheme.grid, worker.context.dtype
         )
         writer = Writer(worker.store, self.quantized)
-        writer.write_tensors(WEIGHTS_FILE, pack_weights(weights))
+        writer.write_tensors(WEIGHTS_FILE, BlockResult(weights).pack())
         status = "ok" if self.quarantined is None else "quarantined"
         writer.commit(
             {
@@ -64,7 +64,7 @@ class StreamTask:
         worker.chunks.drop_except({chunk.artifact.path for chunk in self.inputs})
         worker.chunks.prefetch(self.inputs[:1])  # arrives while the weights do
         block = copy.deepcopy(worker.block(self.block))
-        load_quantized(block, unpack_weights(read_tensors(worker.store, self.quantized, WEIGHTS_FILE)))
+        BlockResult.unpack(read_tensors(worker.store, self.quantized, WEIGHTS_FILE)).load(block)
         writer = Writer(worker.store, self.stream)
         with behind(writer) as files:
             for place, chunk in enumerate(self.inputs):

@@ -14,9 +14,9 @@ from pipeline.block_state import steps_per_epoch
 from pipeline.config import RunConfig
 from pipeline.costs import Costs, Device, Shape, placeholder_inputs
 from pipeline.graph import build_graph
-from pipeline.merge import checkpoint_layout, plan_shards, quantized_linears, shards_with_blocks
+from pipeline.merge import checkpoint_layout, plan_shards, shards_with_blocks
 from pipeline.model_source import DTYPES, locate, open_model
-from pipeline.prepare import check_scheme
+from pipeline.prepare import check_equivalence, check_scheme
 from pipeline.simulate import Network, simulate
 from pipeline.skeleton import Skeleton, make_skeleton
 from pipeline.tensors import layout_bytes
@@ -67,13 +67,13 @@ def estimate(config: RunConfig, workers: int | None = None) -> dict[str, Any]:
     """
     skeleton, dtype = open_skeleton(config)
     check_scheme(config, skeleton)
+    check_equivalence(config.method, skeleton)
     grid = config.scheme.grid
     layout = checkpoint_layout(skeleton, grid, config.scheme.skip, dtype)
     shards = plan_shards(layout, config.outputs.max_shard_mib << 20)
     shape = shape_of(skeleton, config, dtype)
     blocks, checkpoint = len(skeleton), sum(layout_bytes(sizes) for _, sizes in layout)
-    linears = quantized_linears(skeleton, config.scheme.skip)
-    inputs = placeholder_inputs(config, blocks, shards_with_blocks(shards, linears))
+    inputs = placeholder_inputs(config, blocks, shards_with_blocks(shards, skeleton))
     graph = build_graph(inputs)
     units: dict[str, int] = {"inspect": blocks + 1}
     for node in graph.nodes:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lsi.block import load_quantized, round_block, run_block
 from pipeline.artifacts import Artifact, Writer, read_tensors
-from pipeline.block_state import WEIGHTS_FILE, unpack_weights
+from pipeline.block_state import WEIGHTS_FILE, BlockResult
 from pipeline.capture import TOKENS_FILE, write_chunk
 from pipeline.perplexity import negative_log_likelihood, perplexity
 from pipeline.skeleton import Surroundings
@@ -99,10 +99,10 @@ class EvaluateTask:
     def _variant_of(self, worker: Worker, index: int) -> nn.Module:
         # One block after another: nothing gained by keeping any.
         if self.variant == "quantized":
-            weights = unpack_weights(read_tensors(worker.store, self.quantized[index - self.start], WEIGHTS_FILE))
+            result = BlockResult.unpack(read_tensors(worker.store, self.quantized[index - self.start], WEIGHTS_FILE))
             # At 70B the linears are 1.7 GB a block, and this unit is the last that everything waits for.
-            block = worker.new_block(index, without=weights.keys())
-            load_quantized(block, weights)
+            block = worker.new_block(index, without=result.weights.keys())
+            result.load(block)
             return block
         block = worker.new_block(index)
         if self.variant == "round_to_nearest":

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from lsi.block import linear_names
-from lsi.grid import Grid, QuantizedWeight
+from lsi.grid import Grid
 from pipeline.artifacts import Artifact, Record, Writer, put_hashed, read_record, read_tensors
-from pipeline.block_state import WEIGHTS_FILE, unpack_weights
+from pipeline.block_state import WEIGHTS_FILE, BlockResult
 from pipeline.config import RunConfig
+from pipeline.mixture import original_names
 from pipeline.model_source import ModelSource
 from pipeline.packed_format import pack_linear, packed_layout, quantization_config
 from pipeline.skeleton import Skeleton, stored_name, tensor_names
@@ -46,16 +47,17 @@ def quantized_linears(skeleton: Skeleton, skip: list[str]) -> dict[str, int]:
 
 
 def checkpoint_layout(skeleton: Skeleton, grid: Grid, skip: list[str], dtype: torch.dtype) -> list[tuple[str, Layout]]:
-    """What the checkpoint holds, in the model's order: (name of a parameter, its tensors' dtypes and shapes)."""
-    linears = quantized_linears(skeleton, skip)
+    """What the checkpoint holds, in the model's order: (name of a parameter, its tensors' names, dtypes and shapes)."""
+    linears, tensors = quantized_linears(skeleton, skip), tensor_names(skeleton.model)
+    saved = original_names(list(tensors), skeleton.model)
     layout: list[tuple[str, Layout]] = []
-    for name, tensor in tensor_names(skeleton.model).items():
-        owner = name.removesuffix(".weight")
-        if owner in linears:
+    for name, tensor in tensors.items():
+        if name.removesuffix(".weight") in linears:
             out, width = tensor.shape
+            owner = saved[name].removesuffix(".weight")
             sizes: Layout = packed_layout(owner, out, width, grid.bits, grid.group_size, grid.symmetric, dtype)
         else:
-            sizes = {name: (dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))}
+            sizes = {saved[name]: (dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))}
         layout.append((name, sizes))
     return layout
 
@@ -80,17 +82,15 @@ def shard_file(index: int, count: int) -> str:
 
 
 def shards_with_blocks(
-    shards: list[list[str]], linears: Mapping[str, int]
+    shards: list[list[str]], skeleton: Skeleton
 ) -> list[tuple[str, tuple[str, ...], tuple[int, ...]]]:
-    """The checkpoint's files: name, parameters, blocks whose results they hold."""
-    return [
-        (
-            shard_file(index, len(shards)),
-            tuple(names),
-            tuple(sorted({linears[n.removesuffix(".weight")] for n in names if n.removesuffix(".weight") in linears})),
-        )
-        for index, names in enumerate(shards)
-    ]
+    """The checkpoint's files: name, parameters, blocks whose results they hold (norms may be folded into)."""
+    files = []
+    for index, names in enumerate(shards):
+        places = (skeleton.place(name) for name in names)
+        blocks = {place[0] for place in places if place is not None}
+        files.append((shard_file(index, len(shards)), tuple(names), tuple(sorted(blocks))))
+    return files
 
 
 @dataclass(frozen=True)
@@ -123,35 +123,45 @@ class MergeTask:
 
 
 class Packer:
-    """Makes a checkpoint tensor by its name; keeps the quantized weights of one block and the packed tensors of one linear."""
+    """Makes a checkpoint tensor by its name; keeps the result of one block and the packed tensors of one linear."""
 
     def __init__(self, worker: Worker, quantized: Mapping[int, Artifact]) -> None:
         self.worker = worker
         self.quantized = quantized
         self.linears = quantized_linears(worker.skeleton, worker.config.scheme.skip)
-        self.block: tuple[int, dict[str, QuantizedWeight]] | None = None
+        saved = original_names(list(tensor_names(worker.skeleton.model)), worker.skeleton.model)
+        self.names = {theirs: ours for ours, theirs in saved.items()}
+        self.block: tuple[int, BlockResult] | None = None
         self.packed: tuple[str, dict[str, Tensor]] | None = None
 
     def __call__(self, name: str) -> Tensor:
         self.worker.leave_if_asked()
+        if name in self.names and self.names[name].removesuffix(".weight") not in self.linears:
+            return self._unquantized(self.names[name])
         owner = name.rpartition(".")[0]
-        if owner not in self.linears or name == f"{owner}.bias":
-            return self._untouched(name)
         if self.packed is None or self.packed[0] != owner:
             self.packed = (owner, self._pack(owner))
         return self.packed[1][name]
 
-    def _untouched(self, name: str) -> Tensor:
+    def _result(self, index: int) -> BlockResult:
+        if self.block is None or self.block[0] != index:
+            self.block = None
+            tensors = read_tensors(self.worker.store, self.quantized[index], WEIGHTS_FILE)
+            self.block = (index, BlockResult.unpack(tensors))
+        return self.block[1]
+
+    def _unquantized(self, name: str) -> Tensor:
         worker = self.worker
+        place = worker.skeleton.place(name)
+        if place is not None and place[1] in (folded := self._result(place[0]).folded):
+            return folded[place[1]]
         tensor = worker.source.read(stored_name(name, worker.source, worker.skeleton.model))
         return tensor.to(worker.context.dtype) if tensor.is_floating_point() else tensor
 
     def _pack(self, owner: str) -> dict[str, Tensor]:
-        index = self.linears[owner]
-        if self.block is None or self.block[0] != index:
-            self.block = None
-            self.block = (index, unpack_weights(read_tensors(self.worker.store, self.quantized[index], WEIGHTS_FILE)))
-        weight = self.block[1][owner.removeprefix(self.worker.skeleton.block_prefix(index) + ".")]
+        linear = self.names[f"{owner}.weight"].removesuffix(".weight")
+        index = self.linears[linear]
+        weight = self._result(index).weights[linear.removeprefix(self.worker.skeleton.block_prefix(index) + ".")]
         zero = None if self.worker.config.scheme.symmetric else weight.zero_point
         return pack_linear(owner, weight.codes, weight.scale, zero, self.worker.config.scheme.bits)
 
@@ -183,11 +193,11 @@ def published_config(
 ) -> bytes:
     """The model's own configuration with the quantization's description."""
     raw = json.loads(source.side_files["config.json"])
-    others = [
-        name
-        for name, module in skeleton.model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name not in linears
-    ]
+    # Routers are linears to engines that write the model down anew.
+    matrices = {name for name, t in tensor_names(skeleton.model).items() if t.ndim == 2 and skeleton.place(name)}
+    matrices |= {f"{n}.weight" for n, module in skeleton.model.named_modules() if isinstance(module, torch.nn.Linear)}
+    others = [name for name in matrices if name.removesuffix(".weight") not in linears]
+    others = sorted(name.removesuffix(".weight") for name in original_names(others, skeleton.model).values())
     scheme = config.scheme
     raw["quantization_config"] = quantization_config(scheme.bits, scheme.group_size, scheme.symmetric, others)
     raw.pop("torch_dtype", None)

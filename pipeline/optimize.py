@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -21,13 +21,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lsi.block import load_quantized, round_block, run_block
-from lsi.grid import QuantizedWeight
+from lsi.block import round_block, run_block
+from lsi.equivalence import Equivalence, collect_ranges
 from lsi.reconstruct import token_losses
 from pipeline.artifacts import Artifact, Writer, read_record, read_tensors
-from pipeline.block_state import WEIGHTS_FILE, Best, Trained, begin, number, pack_state, pack_weights, unpack_state
+from pipeline.block_state import (
+    WEIGHTS_FILE,
+    Best,
+    BlockResult,
+    Trained,
+    begin,
+    number,
+    pack_state,
+    result_of,
+    unpack_state,
+)
 from pipeline.capture import write_chunk
 from pipeline.partial import Commits, Epoch
+from pipeline.skeleton import Arguments
 from pipeline.worker import Chunk, Worker
 from pipeline.write_behind import behind
 
@@ -94,7 +105,21 @@ class TrainTask:
         if self.comparison == "begins":
             initial = self._measure(worker, trained.initial, None, worker.leave_if_asked)
             best = Best("initial", initial, None, initial)
+        equivalence = trained.reconstruction.equivalence
+        if self.previous is None and equivalence and worker.config.method.equivalence_start == "smoothquant":
+            self._smooth(worker, equivalence)
         return Epoch(trained, best, history, [])
+
+    def _smooth(self, worker: Worker, equivalence: Equivalence) -> None:
+        """Start the equivalent transformation from the ranges of its inputs, as SmoothQuant does."""
+        block = worker.block(self.block)
+
+        def batches() -> Iterator[tuple[Tensor, Arguments]]:
+            for _, inputs, _ in self._pass(worker):
+                worker.leave_if_asked()
+                yield inputs, worker.arguments(self.block, inputs.shape[1])
+
+        equivalence.start(block, collect_ranges(block, equivalence.pairs, batches()))
 
     def _take_up(self, worker: Worker) -> tuple[Trained, Best | None, list[dict[str, Any]]]:
         """The block after the epoch before: still held by this worker, or rebuilt from its committed state."""
@@ -148,15 +173,15 @@ class TrainTask:
         loss = None
         status: BlockStatus = trained.reconstruction.status
         if stream or best:
-            now = trained.reconstruction.quantized()
+            now = result_of(trained.reconstruction, worker.context.dtype)
             loss = self._measure(worker, now, stream, pause)
             if best and loss < best.loss:
                 best = Best(f"epoch {self.epoch}", loss, now, best.initial_loss)
             if best and self.quantized and status != "ok":
                 best, status = self._or_rounded(worker, best, pause)
-            if best and stream and self.quantized and best.weights is not now:
+            if best and stream and self.quantized and best.result is not now:
                 # The last stream is the result's, and the result is another state.
-                self._measure(worker, best.weights or trained.initial, stream, pause)
+                self._measure(worker, best.result or trained.initial, stream, pause)
         if stream:
             stream.commit({"loss": loss and number(loss), "stamp": worker.stamp()})
         history = [*epoch.history, self._entry(worker, epoch, loss)]
@@ -168,11 +193,12 @@ class TrainTask:
     def _or_rounded(self, worker: Worker, best: Best, pause: Callable[[], None]) -> tuple[Best, BlockStatus]:
         """After a number that was not finite: the best state if it is better than round-to-nearest, else that."""
         scheme, dtype = worker.config.scheme, worker.context.dtype
-        rounded = round_block(worker.block(self.block), worker.linears(self.block), scheme.grid, dtype)
+        weights = round_block(worker.block(self.block), worker.linears(self.block), scheme.grid, dtype)
+        rounded = BlockResult(weights)
         loss = self._measure(worker, rounded, None, pause)
         if best.loss < loss:
             return best, "non_finite"
-        return replace(best, name="round_to_nearest", loss=loss, weights=rounded), "fallback"
+        return replace(best, name="round_to_nearest", loss=loss, result=rounded), "fallback"
 
     def _entry(self, worker: Worker, epoch: Epoch, loss: float | None) -> dict[str, Any]:
         """What the reports tell of this epoch."""
@@ -188,7 +214,7 @@ class TrainTask:
     def _measure(
         self,
         worker: Worker,
-        weights: Mapping[str, QuantizedWeight],
+        result: BlockResult,
         stream: Writer | None,
         pause: Callable[[], None],
     ) -> float:
@@ -197,7 +223,7 @@ class TrainTask:
         `pause` is called between chunks, and may raise.
         """
         block = copy.deepcopy(worker.block(self.block))
-        load_quantized(block, weights)
+        result.load(block)
         error, count = 0.0, 0
         method = worker.config.method
         with behind(stream) if stream else nullcontext() as files:
@@ -237,7 +263,10 @@ class TrainTask:
     ) -> dict[str, Any]:
         reason = None if status == "ok" else f"not finite after {trained.reconstruction.steps_done} training steps"
         meta = {"block": self.block, "status": status, "reason": reason, **best.meta(), "history": history}
+        result = best.result or trained.initial
+        if result.folded:
+            meta["folded"] = sorted(result.folded)
         writer = Writer(worker.store, out)
-        writer.write_tensors(WEIGHTS_FILE, pack_weights(best.weights or trained.initial))
+        writer.write_tensors(WEIGHTS_FILE, result.pack())
         writer.commit(meta)
         return {"loss": meta["loss"], "status": status}

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from lsi.block import get_linear, linear_names
+from lsi.experts import OpenedExperts
+from lsi.families import family_of, find_family
+from lsi.pairs import find_pairs
 from pipeline.artifacts import Artifact, CorruptArtifactError, Writer, digest, discard, intact, read_file, read_record
 from pipeline.capture import TOKENS_FILE
-from pipeline.config import MethodConfig, RunConfig
+from pipeline.config import MethodConfig, RunConfig, SchemeConfig
 from pipeline.data import calibration_tokens, evaluation_tokens
 from pipeline.errors import UserError
 from pipeline.gguf_import import import_gguf
@@ -94,6 +97,7 @@ def check_scheme(config: RunConfig, skeleton: Skeleton) -> None:
         names = linear_names(skeleton.blocks[index], skeleton.block_prefix(index), config.scheme.skip)
         check_groups(skeleton, index, names, config.scheme.group_size)
         check_rank(skeleton, index, names, config.method)
+        check_experts(skeleton, index, names, config.scheme)
         found = found or bool(names)
     if not found:
         raise UserError(
@@ -112,6 +116,33 @@ def check_rank(skeleton: Skeleton, index: int, names: list[str], method: MethodC
         raise UserError(
             f"method.{key} {asked} is above the rank of {listed}: set method.{key} to {min(small.values())} or less"
         )
+
+
+def check_experts(skeleton: Skeleton, index: int, names: list[str], scheme: SchemeConfig) -> None:
+    """Refuse zero points of experts: transformers 5 drops them when it fuses what it has unpacked."""
+    opened = [n for n, module in skeleton.blocks[index].named_modules() if isinstance(module, OpenedExperts)]
+    inside = [name for name in names if any(name.startswith(f"{mixture}.") for mixture in opened)]
+    if inside and not scheme.symmetric:
+        raise UserError(
+            f"scheme.symmetric is false, but block {index} holds experts ({inside[0]} and others), whose zero points "
+            "transformers does not load: set scheme.symmetric to true, or add *.experts.* to scheme.skip"
+        )
+
+
+def check_equivalence(method: MethodConfig, skeleton: Skeleton) -> None:
+    """Refuse an equivalent transformation that a block cannot take."""
+    if not method.equivalence:
+        return
+    try:
+        find_family(skeleton.model.config.model_type)
+        for block in skeleton.blocks:
+            family = family_of(block)
+            find_pairs(block, family, method.equivalence_kinds, shifts=method.shifts)
+            for kind in method.equivalence if method.equivalence != "auto" else ():
+                find_pairs(block, family, [kind], shifts=False)
+    except ValueError as error:
+        key = "method.shifts" if "shifts" in str(error) else "method.equivalence"
+        raise UserError(f"{key}: {error}") from error
 
 
 def check_place(checkpoint: Store, config: RunConfig, autocast: torch.dtype | None) -> None:
@@ -162,6 +193,7 @@ def prepare(config: RunConfig, report: Reporter) -> Prepared:
     skeleton = make_skeleton(source.config, trust_remote_code=config.model.trust_remote_code)
     check_tensors(skeleton, source)
     check_scheme(config, skeleton)
+    check_equivalence(config.method, skeleton)
     report.message(f"reading calibration text {config.data.source}")
     tokens, texts, values = read_tokens(config, source)
     claim(store, config, autocast)

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from pipeline.artifacts import Artifact, Record, read_record
-from pipeline.config import ScheduleConfig
+from pipeline.config import MethodConfig, ScheduleConfig
 from pipeline.errors import UserError
 from pipeline.identity import run_identity
 from pipeline.merge import CHECKPOINT_MANIFEST, publish, published_config, quantized_linears
@@ -93,6 +93,23 @@ def schedule_words(schedule: ScheduleConfig) -> str:
     return f"{schedule.kind}, {refresh}" + (f", lead {schedule.lead}" if schedule.lead else "")
 
 
+def equivalence_words(method: MethodConfig) -> str:
+    """What the model card says of LET."""
+    if not method.equivalence:
+        return ""
+    words = " with scales and shifts" if method.shifts else " with scales"
+    return f"{words} of channels, folded into norms and weights (LET, arXiv 2308.13137)"
+
+
+def trained_words(method: MethodConfig) -> str:
+    """The parts that were trained, and on which loss."""
+    parts = [f"clipping {method.clipping}", f"increment {method.increment}"]
+    if method.equivalence:
+        more = f"{' with shifts' if method.shifts else ''} from {method.equivalence_start}"
+        parts.append(f"equivalence {' '.join(method.equivalence_kinds)}{more}")
+    return ", ".join([*parts, f"loss {method.loss}"])
+
+
 METHOD_WORDS = {
     "none": "weights as they are",
     "diagonal": "increments of the singular values (LSI, arXiv 2406.16299)",
@@ -100,7 +117,11 @@ METHOD_WORDS = {
     "band": "increments of the singular values and the diagonals beside them (SDE, arXiv 2407.15508)",
     "dense": "increments of every weight",
 }
-CLIPPING_WORDS = {"none": "", "learned": " and learned clipping (LWC, arXiv 2308.13137)"}
+CLIPPING_WORDS = {
+    "none": "",
+    "learned": " and learned clipping (LWC, arXiv 2308.13137)",
+    "direct": " and learned clipping (as in SignRound, arXiv 2309.05516)",
+}
 LABELS = {"full_precision": "full precision", "round_to_nearest": "round-to-nearest", "quantized": "quantized"}
 
 
@@ -133,7 +154,8 @@ def model_card(prepared: Prepared, table: dict[str, dict[str, float]], blocks: l
         "---",
         f"# {config.model.source.rstrip('/').rsplit('/', 1)[-1]}, {scheme_words(prepared)}",
         "",
-        f"Quantized block by block: {METHOD_WORDS[config.method.increment]}{CLIPPING_WORDS[config.method.clipping]}, trained so that",
+        f"Quantized block by block: {METHOD_WORDS[config.method.increment]}{CLIPPING_WORDS[config.method.clipping]}"
+        f"{equivalence_words(config.method)}, trained so that",
         "each block's output stays that of the full-precision block. Stored in compressed-tensors `pack-quantized` form;",
         "`transformers` loads it as it is:",
         "",
@@ -145,7 +167,7 @@ def model_card(prepared: Prepared, table: dict[str, dict[str, float]], blocks: l
         "| | |",
         "|---|---|",
         f"| scheme | {scheme_words(prepared)}; left alone: {', '.join(config.scheme.skip) or 'nothing'} |",
-        f"| trained | clipping {config.method.clipping}, increment {config.method.increment}, loss {config.method.loss} |",
+        f"| trained | {trained_words(config.method)} |",
         f"| optimizer | {config.optimizer.epochs} epochs, batches of {config.optimizer.batch_size} |",
         f"| schedule | {schedule_words(config.schedule)} |",
         f"| calibration | {config.data.samples} × {config.data.sequence_length} tokens of {config.data.source}, seed {config.data.seed} |",

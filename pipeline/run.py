@@ -29,7 +29,7 @@ from pipeline.estimate import human_bytes
 from pipeline.graph import KINDS, TRAIN, Graph, Inputs, build_graph
 from pipeline.identity import package_version
 from pipeline.lease import hold
-from pipeline.merge import checkpoint_layout, plan_shards, quantized_linears, shards_with_blocks, withdraw
+from pipeline.merge import checkpoint_layout, plan_shards, shards_with_blocks, withdraw
 from pipeline.prepare import Prepared
 from pipeline.quarantine import follow_decisions, forget, give_up
 from pipeline.reporter import Reporter, Together
@@ -102,7 +102,7 @@ def shard_plan(prepared: Prepared) -> list[tuple[str, tuple[str, ...], tuple[int
     grid = config.scheme.grid
     layout = checkpoint_layout(prepared.skeleton, grid, config.scheme.skip, prepared.context.dtype)
     shards = plan_shards(layout, config.outputs.max_shard_mib << 20)
-    return shards_with_blocks(shards, quantized_linears(prepared.skeleton, config.scheme.skip))
+    return shards_with_blocks(shards, prepared.skeleton)
 
 
 def graph_of(prepared: Prepared, blocks: list[str], outer: str, quarantined: dict[int, str]) -> Graph:

@@ -22,6 +22,7 @@ from transformers.core_model_loading import WeightRenaming
 
 from lsi.block import get_linear
 from pipeline.errors import UserError
+from pipeline.mixture import open_mixtures, original_names
 from pipeline.model_source import ModelSource
 
 Arguments = dict[str, Any]
@@ -75,10 +76,18 @@ class Skeleton:
     def block_prefix(self, index: int) -> str:
         return f"{self.blocks_name}.{index}"
 
+    def place(self, name: str) -> tuple[int, str] | None:
+        """The block that a tensor of the model belongs to and its name there; None for one outside the blocks."""
+        within = name.removeprefix(f"{self.blocks_name}.")
+        index, _, local = within.partition(".")
+        return None if within == name else (int(index), local)
+
 
 def make_skeleton(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Skeleton:
     model = empty_model(config, trust_remote_code=trust_remote_code)
-    return Skeleton(model, block_list_name(model))
+    skeleton = Skeleton(model, block_list_name(model))
+    open_mixtures(model, skeleton.blocks)
+    return skeleton
 
 
 def tensor_names(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
@@ -106,6 +115,7 @@ def stored_name(name: str, source: ModelSource, model: PreTrainedModel) -> str:
 
 def _former_names(name: str, model: PreTrainedModel) -> Iterator[str]:
     """By transformers' own table of renamings, backwards."""
+    yield original_names([name], model)[name]
     for change in get_model_conversion_mapping(model):
         if isinstance(change, WeightRenaming):
             yield change.reverse_transform().rename_source_key(name)[0]

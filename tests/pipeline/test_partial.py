@@ -31,7 +31,11 @@ def config(
     names = itertools.count()
 
     def make(**sections: Any) -> RunConfig:
-        more = {"storage": {"keep_activations": True}, "schedule": {"kind": "parallel"}} | sections
+        more = {
+            "storage": {"keep_activations": True},
+            "schedule": {"kind": "parallel"},
+            "method": {"equivalence": "auto"},
+        } | sections
         return tiny_config(model, short_text, folder / f"run-{next(names)}", **more)
 
     return make

@@ -18,7 +18,7 @@ from cluster.loop import run_units
 from cluster.units import Unit
 from lsi.grid import Grid, round_to_nearest
 from pipeline.artifacts import read_tensors
-from pipeline.block_state import WEIGHTS_FILE, unpack_weights
+from pipeline.block_state import WEIGHTS_FILE, BlockResult
 from pipeline.cli import app
 from pipeline.data_free import StreamTask
 from pipeline.driver import StoppedError
@@ -64,7 +64,7 @@ def assert_loads(finished: Finished) -> None:
 
 def assert_rounded(finished: Finished, block: int) -> None:
     artifact = artifacts_of(finished, "quantized")[block]
-    weights = unpack_weights(read_tensors(finished.prepared.store, artifact, WEIGHTS_FILE))
+    weights = BlockResult.unpack(read_tensors(finished.prepared.store, artifact, WEIGHTS_FILE)).weights
     assert weights
     for name, weight in weights.items():
         plain = finished.prepared.source.read(f"model.layers.{block}.{name}.weight")
@@ -92,7 +92,8 @@ SCHEDULES: list[dict[str, Any]] = [{"kind": "sequential"}, {"kind": "parallel"},
 def test_a_block_that_always_fails_is_rounded_and_the_rest_is_trained(
     model: Path, short_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: dict[str, Any]
 ) -> None:
-    config = tiny_config(model, short_text, tmp_path / "run", schedule=schedule, cluster=ONCE)
+    method = {"equivalence": "auto"}
+    config = tiny_config(model, short_text, tmp_path / "run", schedule=schedule, cluster=ONCE, method=method)
     with monkeypatch.context() as patch:
         poison(patch, 1, epoch=1)
         report = Silent()
@@ -105,6 +106,7 @@ def test_a_block_that_always_fails_is_rounded_and_the_rest_is_trained(
     others = [block for block in block_reports(finished) if block["block"] != 1]
     assert [block["status"] for block in others] == ["ok", "ok"]
     assert all(block["loss"] <= block["initial_loss"] for block in others)
+    assert any(block.get("folded") for block in others)
     assert_the_decision_alone_gives_these_bytes(finished, tmp_path)
     for kind in ("hidden", "stream", "state", "partial"):
         assert finished.prepared.store.list(kind) == {}, f"{kind} of the plan before was left behind"
@@ -128,16 +130,14 @@ def test_the_next_block_trains_on_the_rounded_ones_outputs(
     poison(monkeypatch, 1)
     storage = {"keep_activations": True}
     finished, _ = run(tiny_config(model, short_text, tmp_path / "run", storage=storage, cluster=ONCE))
-    from lsi.block import load_quantized, run_block
+    from lsi.block import run_block
 
     (node,) = [node for node in finished.graph.nodes if isinstance(node.task, StreamTask)]
     assert isinstance(node.task, StreamTask)
     worker = Worker(finished.prepared.context, "w")
     block = worker.new_block(1)
-    load_quantized(
-        block,
-        unpack_weights(read_tensors(finished.prepared.store, artifacts_of(finished, "quantized")[1], WEIGHTS_FILE)),
-    )
+    artifact = artifacts_of(finished, "quantized")[1]
+    BlockResult.unpack(read_tensors(finished.prepared.store, artifact, WEIGHTS_FILE)).load(block)
     hidden = worker.chunks.get(node.task.inputs[0])
     with torch.no_grad():
         expected = run_block(block, hidden, worker.arguments(1, hidden.shape[1]))

@@ -11,7 +11,7 @@ from running import Silent, checkpoint_hashes, run, tiny_config
 
 from lsi.grid import Grid, round_to_nearest
 from pipeline.artifacts import read_tensors
-from pipeline.block_state import WEIGHTS_FILE, unpack_weights
+from pipeline.block_state import WEIGHTS_FILE, BlockResult
 from pipeline.driver import StoppedError
 from pipeline.errors import UserError
 from pipeline.evaluate_checkpoint import evaluate_checkpoint
@@ -32,7 +32,7 @@ def results(finished: Finished) -> dict[str, Any]:
     """Every quantized weight of a run by its full name."""
     found = {}
     for index, artifact in enumerate(artifacts_of(finished, "quantized")):
-        weights = unpack_weights(read_tensors(finished.prepared.store, artifact, WEIGHTS_FILE))
+        weights = BlockResult.unpack(read_tensors(finished.prepared.store, artifact, WEIGHTS_FILE)).weights
         found |= {f"model.layers.{index}.{name}": weight for name, weight in weights.items()}
     return found
 
@@ -113,9 +113,10 @@ def test_each_block_ends_no_worse_than_it_began(model: Path, short_text: Path, t
     for block in result_blocks(finished):
         assert block["loss"] <= block["initial_loss"]
         if increment != "none":
-            # Steps that overflow make a run of these sizes end at round-to-nearest, where that is better.
-            assert block["kept"] == ("initial" if block["status"] == "ok" else "round_to_nearest")
-            assert block["loss"] < block["history"][-1]["loss"]
+            # Steps of this size may overflow, and then round-to-nearest is a candidate too.
+            assert block["kept"] in (["initial"] if block["status"] == "ok" else ["initial", "round_to_nearest"])
+            last = block["history"][-1]["loss"]
+            assert last is None or block["loss"] < last
 
 
 def test_the_same_run_again_gives_the_same_bytes(model: Path, short_text: Path, tmp_path: Path) -> None:
