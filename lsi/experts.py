@@ -7,14 +7,11 @@ weights are views of these tensors until somebody replaces them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-
-from lsi.block import Hidden, run_block
 
 
 def linear_from(weight: Float[Tensor, "out in"]) -> nn.Linear:
@@ -108,25 +105,7 @@ def close_experts(block: nn.Module) -> None:
         block.set_submodule(name, fused)
 
 
-@torch.no_grad()
-def count_tokens(
-    block: nn.Module, batches: Iterable[tuple[Hidden, Mapping[str, Any]]]
-) -> dict[str, Int[Tensor, " experts"]]:
-    """How many tokens each expert of every opened mixture got, over all batches of (inputs, further arguments)."""
-    opened = {name: module for name, module in block.named_modules() if isinstance(module, OpenedExperts)}
-    counts = {name: torch.zeros(len(module.experts()), dtype=torch.int64) for name, module in opened.items()}
-
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            counts[name] += torch.bincount(arguments[1].flatten().cpu(), minlength=len(counts[name]))
-
-        return hook
-
-    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in opened.items()]
-    try:
-        for inputs, arguments in batches:
-            run_block(block, inputs, arguments)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return counts
+def expert_of(block: nn.Module, name: str) -> str | None:
+    """The name of the opened expert that a linear of the block belongs to; None if to none."""
+    expert = name.rpartition(".")[0]
+    return expert if expert and isinstance(block.get_submodule(expert), Expert) else None

@@ -150,6 +150,23 @@ def quantize(
 
 
 @torch.no_grad()
+def clip_to_weights(weight: Float[Tensor, "out in"], grid: Grid, scale_dtype: torch.dtype) -> QuantizedWeight:
+    """Clipping without data: each group's range shrunk by the factor, down to a half, that leaves the weights nearest."""
+    weight = weight.float()
+    grouped = weight.view(weight.shape[0], grid.groups(weight.shape[1]), -1)
+    low, high = group_range(grouped)
+    scale, zero = grid_parameters(low, high, grid, scale_dtype)
+    least = torch.full_like(scale, torch.inf)
+    for factor in torch.linspace(1, 0.5, 26).tolist():
+        candidate = grid_parameters(low * factor, high * factor, grid, scale_dtype)
+        error = (fake_quantize(weight, *candidate, grid) - weight).square().view_as(grouped).sum(-1)
+        scale = torch.where(error < least, candidate[0], scale)
+        zero = torch.where(error < least, candidate[1], zero)
+        least = torch.minimum(least, error)
+    return quantize(weight, scale, zero, grid, scale_dtype)
+
+
+@torch.no_grad()
 def round_to_nearest(weight: Float[Tensor, "out in"], grid: Grid, scale_dtype: torch.dtype) -> QuantizedWeight:
     """The data-free baseline: each group's own range, nearest grid point."""
     weight = weight.float()

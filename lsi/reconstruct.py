@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from lsi.block import Hidden, replace_linears, run_block, trainable
 from lsi.equivalence import Equivalence
-from lsi.grid import Grid, QuantizedWeight
+from lsi.experts import expert_of
+from lsi.grid import Grid, QuantizedWeight, clip_to_weights
 from lsi.linear import DirectClipping, LearnedRounding, Parts
 from lsi.steps import DECAY, Steps, make_optimizer
 
@@ -36,7 +37,8 @@ class Method:
 
     `rates`: learning rate of each part, by its name (clipping, increment, rounding, equivalence). `equivalence`: kinds of
     `lsi.pairs.KINDS`, none for no equivalent transformation, with shifts where biases take them up. `autocast`: dtype of
-    the products, None for the block's own.
+    the products, None for the block's own. fewest_tokens: an expert of a mixture that sees fewer in all steps is clipped
+    without data.
     """
 
     grid: Grid
@@ -49,6 +51,7 @@ class Method:
     autocast: torch.dtype | None = None
     equivalence: tuple[str, ...] = ()
     shifts: bool = False
+    fewest_tokens: int = 0
 
 
 def token_losses(
@@ -89,6 +92,10 @@ class Reconstruction:
                 self.block, method.equivalence, shifts=method.shifts, dtype=method.parts.scale_dtype
             )
         self.linears = replace_linears(self.block, names, method.grid, method.parts)
+        self.experts = {name: expert for name in sorted(names) if (expert := expert_of(self.block, name))}
+        self.tokens = dict.fromkeys(self.experts, 0)
+        for name in self.experts:
+            self.linears[name].register_forward_pre_hook(self._count(name))
         self.parameters = dict(trainable(self.linears))
         if self.equivalence is not None:
             self.parameters |= {f"let.{name}": p for name, p in self.equivalence.named_parameters()}
@@ -96,6 +103,18 @@ class Reconstruction:
         self.optimizer = self._make_optimizer()
         self.steps_done = 0
         self.status: Status = "ok"
+
+    def _count(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            self.tokens[name] += arguments[0].numel() // arguments[0].shape[-1]
+
+        return hook
+
+    def untrained_experts(self) -> list[str]:
+        """Experts that saw too few of the steps' tokens so far, by name."""
+        least = self.method.fewest_tokens * self.steps_done
+        few = (name for name, seen in self.tokens.items() if seen * self.method.total_steps < least)
+        return sorted({self.experts[name] for name in few})
 
     def _make_optimizer(self) -> torch.optim.Optimizer | None:
         if not self.parameters:
@@ -155,7 +174,12 @@ class Reconstruction:
 
     def quantized(self) -> dict[str, QuantizedWeight]:
         """Codes, scales and zero points of the present parameters, by linear name."""
-        return self._within(lambda: {name: linear.quantized() for name, linear in self.linears.items()})
+        few = set(self.untrained_experts())
+        return self._within(lambda: {n: self._quantized(n, clip=self.experts.get(n) in few) for n in self.linears})
+
+    def _quantized(self, name: str, *, clip: bool) -> QuantizedWeight:
+        linear = self.linears[name]
+        return clip_to_weights(linear.weight, self.method.grid, linear.scale_dtype) if clip else linear.quantized()
 
     @torch.no_grad()
     def folded(self) -> dict[str, Tensor]:
@@ -167,6 +191,8 @@ class Reconstruction:
         """Parameters, and AdamW's moments, to go on from elsewhere. Views: copy them before the next step."""
         state = {f"value/{name}": p.detach() for name, p in self.parameters.items()}
         state["steps"] = torch.tensor([self.steps_done, self.status == "non_finite"], dtype=torch.int64)
+        if self.tokens:
+            state["tokens"] = torch.tensor(list(self.tokens.values()), dtype=torch.int64)
         if isinstance(self.optimizer, torch.optim.AdamW) and self.steps_done:
             for name, parameter in self.parameters.items():
                 moments = self.optimizer.state[parameter]
@@ -180,6 +206,8 @@ class Reconstruction:
         steps, failed = (int(v) for v in state["steps"])
         self.steps_done = steps
         self.status = "non_finite" if failed else "ok"
+        if self.tokens:
+            self.tokens = dict(zip(self.tokens, state["tokens"].tolist(), strict=True))
         if self.optimizer is not None:
             self.optimizer.state.clear()
         for name, parameter in self.parameters.items():

@@ -99,6 +99,11 @@ class MethodConfig(Section):
         "smoothquant", description="LET's scales at first: 1, or from the ranges of inputs and weights"
     )
     shifts: bool = Field(False, description="LET with shifts, where a family's biases can hold them (OPT)")
+    expert_tokens: int = Field(
+        128,
+        ge=0,
+        description="an expert of a mixture that sees fewer in an epoch is clipped without data, and reported",
+    )
     loss: Literal["relative", "mse"] = Field(
         "relative",
         description="error of a block's outputs, each token divided by its own size, or as in the papers not divided",

@@ -176,7 +176,8 @@ class TrainTask:
             now = result_of(trained.reconstruction, worker.context.dtype)
             loss = self._measure(worker, now, stream, pause)
             if best and loss < best.loss:
-                best = Best(f"epoch {self.epoch}", loss, now, best.initial_loss)
+                few = trained.reconstruction.untrained_experts()
+                best = Best(f"epoch {self.epoch}", loss, now, best.initial_loss, few)
             if best and self.quantized and status != "ok":
                 best, status = self._or_rounded(worker, best, pause)
             if best and stream and self.quantized and best.result is not now:
@@ -198,7 +199,7 @@ class TrainTask:
         loss = self._measure(worker, rounded, None, pause)
         if best.loss < loss:
             return best, "non_finite"
-        return replace(best, name="round_to_nearest", loss=loss, result=rounded), "fallback"
+        return replace(best, name="round_to_nearest", loss=loss, result=rounded, untrained_experts=[]), "fallback"
 
     def _entry(self, worker: Worker, epoch: Epoch, loss: float | None) -> dict[str, Any]:
         """What the reports tell of this epoch."""

@@ -177,6 +177,9 @@ def model_card(prepared: Prepared, table: dict[str, dict[str, float]], blocks: l
         evaluation = config.evaluation
         lines += ["", f"Perplexity, {evaluation.windows} windows of {evaluation.length} tokens (lower is better):", ""]
         lines += [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]]
+    if few := {block["block"]: block["untrained_experts"] for block in blocks if block.get("untrained_experts")}:
+        lines += ["", f"Experts that saw fewer than {config.method.expert_tokens} tokens, clipped without data:", ""]
+        lines += [f"- block {block}: {', '.join(experts)}" for block, experts in few.items()]
     if odd := flagged(blocks):
         lines += ["", "**Not all blocks are what training was to make them:**", ""]
         lines += [f"- **block {block['block']}**: {FLAG_WORDS[block['status']]}" for block in odd]
@@ -215,6 +218,9 @@ def write_result(finished: Finished) -> dict[str, Any]:
         "perplexity": perplexities(finished),
         "checkpoint": prepared.checkpoint.url,
         "scheme": scheme_words(prepared),
+        "untrained_experts": {
+            str(block["block"]): block["untrained_experts"] for block in blocks if block.get("untrained_experts")
+        },
         "flagged_blocks": [block["block"] for block in flagged(blocks)],
         "flagged": flagged(blocks),
         "seconds": {name: round(value, 2) for name, value in finished.seconds.items()} | training_seconds(blocks),

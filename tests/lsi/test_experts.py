@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tiny import HIDDEN, LENGTH, MIXTURE, make_case
@@ -9,7 +11,11 @@ from tolerances import assert_close, assert_same
 from torch import nn
 
 from lsi.block import linear_names, run_block
-from lsi.experts import close_experts, count_tokens, open_experts
+from lsi.experts import close_experts, open_experts
+from lsi.grid import Grid, clip_to_weights
+from lsi.increment import Increment
+from lsi.linear import Parts
+from lsi.reconstruct import Method, Reconstruction
 
 MIXTURES = ["mixtral", "qwen3-moe"]
 
@@ -57,20 +63,35 @@ def test_opening_copies_no_weight() -> None:
     assert block.get_submodule("mlp.experts.0.gate_proj").weight.data_ptr() == fused.data_ptr()
 
 
+def opened_method(fewest: int) -> Method:
+    parts = Parts("learned", Increment("dense"), False, torch.float32)
+    rates = {"clipping": 1e-1, "increment": 1e-2}
+    return Method(Grid(3, 8, symmetric=True), parts, rates, total_steps=4, fewest_tokens=fewest)
+
+
 @pytest.mark.parametrize("name", MIXTURES)
-def test_tokens_are_counted_by_expert(name: str) -> None:
+def test_an_expert_with_few_tokens_is_clipped_without_data(name: str) -> None:
     block, task = make_case(name)
     open_experts(block)
     chosen: list[torch.Tensor] = []
-    hook = block.mlp.gate.register_forward_hook(lambda module, arguments, output: chosen.append(output[2]))
-    batches = [(task.inputs[i : i + 1], task.arguments) for i in range(len(task.inputs))]
-    counts = count_tokens(block, batches)
-    hook.remove()
-    assert list(counts) == ["mlp.experts"]
-    expected = [int((torch.cat(chosen) == number).sum()) for number in range(4)]
-    assert counts["mlp.experts"].tolist() == expected
-    assert sum(expected) == len(task.inputs) * LENGTH * MIXTURE["num_experts_per_tok"]
-    assert not block.mlp.experts._forward_pre_hooks
+    block.mlp.gate.register_forward_hook(lambda module, arguments, output: chosen.append(output[2]))
+    plain, other, names = copy.deepcopy(block), copy.deepcopy(block), linear_names(block, "block", [])
+    Reconstruction(other, names, opened_method(0)).step(task.inputs, task.targets, task.arguments)
+    counts = [int((chosen[0] == number).sum()) for number in range(4)]
+    assert sum(counts) == len(task.inputs) * LENGTH * MIXTURE["num_experts_per_tok"]
+    # The threshold of four steps lies just above what the idlest expert sees in the first.
+    reconstruction = Reconstruction(block, names, opened_method(4 * min(counts) + 1))
+    assert reconstruction.untrained_experts() == []
+    reconstruction.step(task.inputs, task.targets, task.arguments)
+    few = [f"mlp.experts.{number}" for number in range(4) if counts[number] == min(counts)]
+    assert reconstruction.untrained_experts() == few
+    resumed = Reconstruction(plain, names, reconstruction.method)
+    resumed.import_state({key: tensor.clone() for key, tensor in reconstruction.export_state().items()})
+    for linear, weight in resumed.quantized().items():
+        assert_same(weight.codes, reconstruction.quantized()[linear].codes)
+        expected = clip_to_weights(resumed.linears[linear].weight, Grid(3, 8, symmetric=True), torch.float32)
+        idle = linear.rpartition(".")[0] in few
+        assert (torch.equal(weight.codes, expected.codes) and torch.equal(weight.scale, expected.scale)) is idle
 
 
 def test_an_expert_without_tokens_takes_no_part() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from lsi.grid import (
     Grid,
     QuantizedWeight,
+    clip_to_weights,
     fake_quantize,
     grid_parameters,
     group_range,
@@ -86,6 +87,18 @@ def test_round_to_nearest_twice_is_the_same(symmetric: bool) -> None:
     grid, weight = Grid(3, 3, symmetric), hard_weights()
     first = round_to_nearest(weight, grid, torch.float32)
     assert_same_weight(round_to_nearest(weight.clone(), grid, torch.float32), first)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_clipping_without_data_leaves_no_group_farther_than_round_to_nearest(bits: int, symmetric: bool) -> None:
+    weight, grid = torch.randn(24, 64, generator=torch.Generator().manual_seed(0)), Grid(bits, 16, symmetric)
+    weight[0, :16] = 0
+    errors = []
+    for quantized in (clip_to_weights(weight, grid, torch.bfloat16), round_to_nearest(weight, grid, torch.bfloat16)):
+        errors.append((quantized.dequantize() - weight).square().view(24, 4, 16).sum(-1))
+    assert bool((errors[0] <= errors[1]).all())
+    assert errors[0].sum() < 0.97 * errors[1].sum()
 
 
 def test_group_sizes() -> None:

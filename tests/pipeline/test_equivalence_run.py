@@ -10,6 +10,7 @@ from running import Silent, checkpoint_hashes, run, tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from lsi.grid import Grid, clip_to_weights
 from pipeline.artifacts import read_tensors
 from pipeline.block_state import WEIGHTS_FILE, BlockResult
 from pipeline.config import RunConfig, parse_config
@@ -154,11 +155,27 @@ def test_experts_are_quantized_one_by_one_and_saved_as_their_family_does(
     tiny_model: TinyModel, short_text: Path, tmp_path: Path, model_type: str, equivalence: Any
 ) -> None:
     folder = family(tiny_model, tmp_path / "model", model_type, **MIXTURE)
-    sections: dict[str, Any] = {"scheme": {"symmetric": True}, "method": {"equivalence": equivalence}}
+    method = {"equivalence": equivalence, "expert_tokens": 1}
+    sections: dict[str, Any] = {"scheme": {"symmetric": True}, "method": method}
     finished, result = run(tiny_config(folder, short_text, tmp_path / "run", **TRAINED | sections))
     kept = {name.replace("weight_packed", "weight") for name in checkpoint(finished)} - {"lm_head.weight"}
     assert set(load_file(folder / "model.safetensors")) - {"lm_head.weight"} <= kept
+    assert result["untrained_experts"] == {}
     assert sum("experts" in name and name.endswith("weight_packed") for name in checkpoint(finished)) == 2 * 4 * 3
+    assert_loader_agrees(finished, result, short_text)
+
+
+def test_experts_with_few_tokens_are_reported(tiny_model: TinyModel, short_text: Path, tmp_path: Path) -> None:
+    folder = family(tiny_model, tmp_path / "model", "qwen3_moe", **MIXTURE)
+    sections: dict[str, Any] = {"scheme": {"symmetric": True}, "method": {"expert_tokens": 1000}}
+    finished, result = run(tiny_config(folder, short_text, tmp_path / "run", **TRAINED | sections))
+    everyone = [f"mlp.experts.{number}" for number in range(4)]
+    assert result["untrained_experts"] == {"0": everyone, "1": everyone}
+    weight = result_of_block(finished, 0).weights["mlp.experts.2.down_proj"]
+    plain = finished.prepared.source.read("model.layers.0.mlp.experts.2.down_proj.weight")
+    assert torch.equal(weight.codes, clip_to_weights(plain, Grid(3, 32, True), torch.float32).codes)
+    card = finished.prepared.checkpoint.get("README.md").decode()
+    assert "Experts that saw fewer than 1000 tokens, clipped without data" in card
     assert_loader_agrees(finished, result, short_text)
 
 

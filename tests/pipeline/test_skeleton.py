@@ -22,15 +22,19 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    OlmoeConfig,
     OPTConfig,
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     T5Config,
 )
 
 from pipeline.errors import UserError
+from pipeline.mixture import original_names
 from pipeline.model_source import SINGLE, ModelSource, open_model
 from pipeline.skeleton import (
     Skeleton,
@@ -92,6 +96,14 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "cohere": lambda: CohereConfig(**GROUPED),
 }
 
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+MIXTURES: dict[str, Callable[[], PretrainedConfig]] = {
+    "mixtral": lambda: MixtralConfig(**GROUPED, num_local_experts=4),
+    "qwen2_moe": lambda: Qwen2MoeConfig(**GROUPED, **EXPERTS, shared_expert_intermediate_size=64),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**GROUPED, **EXPERTS, head_dim=16, mlp_only_layers=[1]),
+    "olmoe": lambda: OlmoeConfig(**GROUPED, **EXPERTS),
+}
+
 
 def open_folder(folder: Path) -> tuple[ModelSource, Skeleton]:
     source = open_model(open_store(str(folder)))
@@ -130,6 +142,17 @@ def test_block_by_block_is_the_whole_model(tiny_model: TinyModel, tmp_path: Path
     assert torch.equal(block_by_block(source, skeleton, tokens, getattr(torch, dtype)), expected)
 
 
+@pytest.mark.parametrize("family", MIXTURES)
+def test_opened_experts_are_the_whole_model_too(tiny_model: TinyModel, tmp_path: Path, family: str) -> None:
+    """They add up in another order than the fused ones."""
+    folder = tiny_model(tmp_path, config=MIXTURES[family]())
+    source, skeleton = open_folder(folder)
+    tokens = some_tokens(3, 24)
+    torch.testing.assert_close(block_by_block(source, skeleton, tokens, torch.float32), whole(folder, tokens))
+    names = original_names(list(tensor_names(skeleton.model)), skeleton.model)
+    assert set(names.values()) == set(source.index)
+
+
 def test_a_model_without_the_base_prefix(tiny_model: TinyModel, tmp_path: Path) -> None:
     """Some checkpoints hold the base model's names: layers.0… for model.layers.0…"""
     folder = tiny_model(tmp_path)
@@ -144,20 +167,10 @@ def test_a_model_without_the_base_prefix(tiny_model: TinyModel, tmp_path: Path) 
 # --- what is not supported says so -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        (lambda: GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=320), "take positional arguments"),
-        # transformers fuses the experts of such a checkpoint into tensors that no shard holds.
-        (lambda: MixtralConfig(**GROUPED, num_local_experts=4), r"no shard holds model\.layers\.0\.mlp\.experts"),
-    ],
-    ids=["gpt2", "mixtral"],
-)
-def test_families_that_are_not_supported(
-    tiny_model: TinyModel, tmp_path: Path, config: Callable[[], PretrainedConfig], reason: str
-) -> None:
-    source, skeleton = open_folder(tiny_model(tmp_path, config=config(), dtype="bfloat16"))
-    with pytest.raises(UserError, match=reason):
+def test_families_that_are_not_supported(tiny_model: TinyModel, tmp_path: Path) -> None:
+    config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=320)
+    source, skeleton = open_folder(tiny_model(tmp_path, config=config, dtype="bfloat16"))
+    with pytest.raises(UserError, match="take positional arguments"):
         block_by_block(source, skeleton, some_tokens(1, 4), torch.bfloat16)
 
 
