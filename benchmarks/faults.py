@@ -92,11 +92,12 @@ def paused_driver(trial: Trial, driver: Driver) -> Driver:
     if driver.poll() is not None:
         return driver
     os.kill(driver.pid, signal.SIGSTOP)
+    published = trial.store.exists("result.json")  # then it fell asleep on its way out, and may end well
     time.sleep(LEASE + 1)
     second = trial.start()
     trial.wait_for_commits(len(trial.seen) + trial.draw.randint(1, 6), second)
     os.kill(driver.pid, signal.SIGCONT)
-    if trial.wait(driver) == 0:
+    if trial.wait(driver) == 0 and not published:
         raise SurvivedError("the driver that had lost its lease published")
     return second
 
