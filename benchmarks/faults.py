@@ -95,11 +95,18 @@ def paused_driver(trial: Trial, driver: Driver) -> Driver:
     published = trial.store.exists("result.json")  # then it fell asleep on its way out, and may end well
     time.sleep(LEASE + 1)
     second = trial.start()
-    trial.wait_for_commits(len(trial.seen) + trial.draw.randint(1, 6), second)
+    # Its workers were not paused: commits alone would not tell that the second driver has the run.
+    until(lambda: has_term(trial, 2) or second.poll() is not None, 60, "the second driver has the lease")
+    trial.wait_for_commits(trial.observe() + trial.draw.randint(1, 6), second)
     os.kill(driver.pid, signal.SIGCONT)
     if trial.wait(driver) == 0 and not published:
         raise SurvivedError("the driver that had lost its lease published")
     return second
+
+
+def has_term(trial: Trial, term: int) -> bool:
+    """Whether a lease of that term was ever taken."""
+    return any(int(key.rpartition("/")[2].partition(".")[0]) >= term for key in trial.store.list("driver"))
 
 
 def _while_running(trial: Trial, driver: Driver, seconds: float) -> None:
