@@ -137,7 +137,7 @@ def run_units(
 def _may_wait(event: Event, scheduler: Scheduler) -> TypeGuard[UnitFailed]:
     return (
         isinstance(event, UnitFailed)
-        and event.kind == "retry"
+        and event.kind in ("retry", "outage")
         and scheduler.runs(event.unit, event.worker)
         and not scheduler.draining
     )

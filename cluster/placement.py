@@ -71,6 +71,10 @@ class Placement:
         if (held := self._held.get(worker)) is not None:
             self._idle_holders.setdefault((held, shape), {})[worker] = None
 
+    def forget(self, worker: str) -> None:
+        """A busy worker holds its affinity no longer."""
+        self._release(worker)
+
     def remove_worker(self, worker: str) -> None:
         if worker in self._lane_of:
             self._unidle(worker)

@@ -166,25 +166,28 @@ class Scheduler:
                 self._make_ready(dependent)
 
     def _fail(self, worker: str, kind: FailureKind, message: str) -> None:
-        place = self._free(worker)
-        if kind == "retry":
-            self._try_again(place, message)
+        if kind in ("retry", "outage"):
+            # What ails may be the worker: it holds nothing any more, so that the next attempt goes to whoever waited longest.
+            self._placement.forget(worker)
+            self._try_again(self._free(worker), message, blame=kind == "retry")
             return
+        place = self._free(worker)
         self._move(place, State.FAILED)
         self._start_drain("replan" if kind == "replan" else "failed", f"Unit {self._units[place].name}: {message}")
 
-    def _try_again(self, place: int, message: str) -> None:
+    def _try_again(self, place: int, message: str, *, blame: bool) -> None:
         self._attempts[place] += 1
         attempts = self._attempts[place]
-        self._again_or_fail(place, attempts, self._max_attempts, f"failed {attempts} times; the last time: {message}")
+        message = f"failed {attempts} times; the last time: {message}"
+        self._again_or_fail(place, attempts, self._max_attempts, message, blame=blame)
 
-    def _again_or_fail(self, place: int, failures: int, most: int, message: str) -> None:
+    def _again_or_fail(self, place: int, failures: int, most: int, message: str, *, blame: bool = True) -> None:
         if failures < most:
             self._make_ready(place)
             return
         self._move(place, State.FAILED)
         name = self._units[place].name
-        self._drain = self._drain or End("failed", f"Unit {name} {message}", name, failures)
+        self._drain = self._drain or End("failed", f"Unit {name} {message}", name if blame else None, failures)
 
     def _start_drain(self, status: Status, reason: str) -> None:
         # The first reason stands: what fails while the rest winds up is often its consequence.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-FailureKind = Literal["retry", "replan", "fatal"]
+FailureKind = Literal["retry", "outage", "replan", "fatal"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,8 @@ class Unit:
 class UnitError(Exception):
     """A failure whose cure the handler knows.
 
-    "retry": transient, trying again may help. "replan": an input that was believed to be there is missing or
+    "retry": transient, trying again may help. "outage": the same, but what failed is around the unit (its storage, say) and
+    says nothing against it. "replan": an input that was believed to be there is missing or
     corrupt, so the plan is wrong and the caller must make another. "fatal": no retry will help (disk full, input
     refused).
     """

@@ -117,7 +117,7 @@ def quantize(
     """
     from pipeline.config import load_config
 
-    again = ["lsi", "quantize", config, *(part for o in overrides or [] for part in ("--set", o))]
+    again = ["lsi", "quantize", config, *(part for o in overrides or [] for part in ("--set", without_secret(o)))]
     again += ["--strict"] * strict + (["--log", log] if log else [])
     how = {"strict": strict, "retry_quarantined": retry_quarantined}
     run_command(lambda: load_config(config, overrides or []), shlex.join(again), log, how)
@@ -143,6 +143,12 @@ def merge(
         return found.model_copy(update={"storage": storage, "outputs": outputs})
 
     run_command(load, shlex.join(["lsi", "merge", run]), None, {}, merge_only=True)
+
+
+def without_secret(override: str) -> str:
+    """An override to show: what goes to fsspec may be a secret."""
+    key, equals, _ = override.partition("=")
+    return f"{key}{equals}***" if key.strip().startswith("storage.options") else override
 
 
 def parse_options(texts: list[str]) -> dict[str, Any]:

@@ -140,7 +140,9 @@ class Driver:
     def _lost(self, graph: Graph, outcome: Outcome) -> list[str]:
         """Units that are done and whose artifacts were never here; those that were found damaged meanwhile are redone."""
         needed = [node for node in self.needed(graph) if node.name in outcome.results]
-        return [node.name for node in needed if not any(a.path in self.damaged for a in node.makes)]
+        # What is deleted after its last reader is missed again when something after it was damaged.
+        kept = [node for node in needed if any(a.kind not in TRANSIENT for a in node.makes)]
+        return [node.name for node in kept if not any(a.path in self.damaged for a in node.makes)]
 
     def _begin(self, graph: Graph, needed: list[Node]) -> None:
         left = {node.name for node in needed}

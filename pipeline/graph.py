@@ -339,6 +339,8 @@ class Builder:
             reads = tuple(results.values())
             self.add(Node(f"merge/{file}", "merge", -1, task, reads, (out,), (self.inputs.blocks, 1)))
             self.graph.goals.append(out)
+        # The report reads them, and so do the next merge and evaluation, though nothing of this run may need them any more.
+        self.graph.goals += self.quantized
 
 
 def build_graph(inputs: Inputs) -> Graph:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.faults import StorageError
 from pipeline.store import Store
 
 FOLDER = "driver"
@@ -309,6 +310,8 @@ def check_same_place(store: Store, term: int, nonce: str) -> None:
         reason = "it holds another driver's lease" if found is None or found.nonce != nonce else ""
     except FileNotFoundError:
         reason = "what the driver wrote is not there"
+    except StorageError:  # it may pass, and the next start of a worker may succeed
+        raise
     except Exception as error:  # each backend raises its own
         reason = store.clean(f"{type(error).__name__}: {error}")
     if reason:

@@ -24,7 +24,7 @@ from torch import Tensor
 from lsi.block import round_block, run_block
 from lsi.equivalence import Equivalence, collect_ranges
 from lsi.reconstruct import token_losses
-from pipeline.artifacts import Artifact, Writer, read_record, read_tensors
+from pipeline.artifacts import Artifact, Writer, intact, read_record, read_tensors
 from pipeline.block_state import (
     WEIGHTS_FILE,
     Best,
@@ -79,6 +79,8 @@ class TrainTask:
     key: str
 
     def __call__(self, worker: Worker) -> dict[str, Any]:
+        if self._is_done(worker):
+            return {"taken_up_at_step": 0}
         worker.chunks.drop_except({chunk.artifact.path for chunk in (*self.inputs, *self.targets)})
         self._await_first(worker)
         commits = Commits(worker, self.block, self.epoch, self.key)
@@ -89,6 +91,11 @@ class TrainTask:
         done = self._conclude(worker, epoch, lambda: commits.check(epoch))
         commits.clear()
         return done | {"taken_up_at_step": taken_up}
+
+    def _is_done(self, worker: Worker) -> bool:
+        """Whether all is committed: by a worker that was lost before it could say so."""
+        makes = [artifact for artifact in (self.stream, self.state, self.quantized) if artifact]
+        return all(intact(worker.store, artifact) for artifact in makes)
 
     def _await_first(self, worker: Worker) -> None:
         """Let the first chunk arrive while weights and state do."""

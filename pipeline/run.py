@@ -27,7 +27,7 @@ from pipeline.driver import Driver, GaveUpError, StoppedError
 from pipeline.errors import UserError
 from pipeline.estimate import human_bytes
 from pipeline.graph import KINDS, TRAIN, Graph, Inputs, build_graph
-from pipeline.identity import package_version
+from pipeline.identity import check_claim, package_version
 from pipeline.lease import hold
 from pipeline.merge import checkpoint_layout, plan_shards, shards_with_blocks, withdraw
 from pipeline.prepare import Prepared
@@ -81,6 +81,8 @@ def ray_workers(config: RunConfig, context: Context, report: Reporter) -> Iterat
             )
             try:
                 yield group
+            except ClusterError as error:  # in mid-run: what is committed stays
+                raise StoppedError(str(error), interrupted=False) from error
             finally:
                 group.close()
     except ClusterError as error:
@@ -157,6 +159,8 @@ def leased(prepared: Prepared, report: Reporter) -> Iterator[None]:
         prepared.context = replace(plain, term=lease.term, nonce=lease.holder.nonce)
         prepared.store.check_fence = prepared.checkpoint.check_fence = lease.check
         try:
+            # Another configuration may have claimed the directory since it was looked at.
+            check_claim(prepared.store, prepared.config, plain.autocast)
             sweep(prepared, report)
             try:
                 yield

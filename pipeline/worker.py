@@ -24,6 +24,7 @@ from pipeline.artifacts import Artifact, CorruptArtifactError, discard, read_ten
 from pipeline.call_arguments import call_arguments
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
+from pipeline.faults import StorageError
 from pipeline.lease import check_same_place, check_term
 from pipeline.model_source import ModelSource, open_model
 from pipeline.skeleton import Arguments, Skeleton, Surroundings, load_block, load_surroundings, make_skeleton
@@ -79,9 +80,15 @@ class ChunkCache:
             self.kept.move_to_end(chunk)
             return self.kept[chunk]
         coming = self.coming.pop(chunk, None)
-        tensor = coming.result() if coming else self._read(chunk)
+        tensor = self._arrived(chunk, coming) if coming else self._read(chunk)
         self._keep(chunk, tensor)
         return tensor
+
+    def _arrived(self, chunk: Chunk, coming: Future[Tensor]) -> Tensor:
+        try:
+            return coming.result()
+        except Exception:  # it may have failed long ago, on what has been made anew since
+            return self._read(chunk)
 
     def _keep(self, chunk: Chunk, tensor: Tensor) -> None:
         self.kept[chunk] = tensor
@@ -211,6 +218,8 @@ def handle_unit(task: Task, worker: Worker) -> dict[str, Any]:
         result = _run_or_discard(task, worker)
     except (UserError, StorageFullError, PermissionError) as error:
         raise UnitError("fatal", str(error)) from error
+    except StorageError as error:
+        raise UnitError("outage", str(error)) from error
     return result | worker.stamp() | {"notes": worker.notes}
 
 
