@@ -38,7 +38,7 @@ def ray_session(
     on_message: Callable[[str], None] = lambda text: None,
 ) -> Iterator[None]:
     """None or "local" starts a private Ray on 127.0.0.1 with `cpus` CPUs (all there are by default) and ends it after;
-    anything else ("auto", "host:port", "ray://host:port") connects to a running cluster. A private Ray listens on
+    anything else ("auto", "host:port") connects to a running cluster. A private Ray listens on
     127.0.0.1 alone and takes nobody without its token. `on_message` hears where the dashboard is, if there is one, and for
     a private Ray where its token and the metrics are."""
     local = address is None or address == "local"
@@ -184,9 +184,14 @@ def _loopback() -> Iterator[None]:
 
 def _check_listens(address: str) -> None:
     """Ray itself tries for a long time before it gives up."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address.startswith("ray://"):
+        raise ClusterError(
+            f"{address} is an address of Ray Client, whose driver sees no nodes come and go; run on a machine of the cluster "
+            "and give host:port of its head (6379 by default), or auto."
+        )
+    host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
-        raise ClusterError(f"{address} is no address of a Ray cluster; give host:port, ray://host:port, auto or local.")
+        raise ClusterError(f"{address} is no address of a Ray cluster; give host:port, auto or local.")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:

@@ -175,7 +175,7 @@ class ClusterConfig(Section):
     """Where it runs; changes nothing in the result."""
 
     address: str | None = Field(
-        None, description="a Ray cluster (host:port, auto, ray://…); null: start Ray on this machine"
+        None, description="a Ray cluster (host:port, or auto on one of its machines); null: start Ray on this machine"
     )
     workers: int | None = Field(
         None,

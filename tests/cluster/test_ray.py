@@ -293,7 +293,12 @@ def test_nobody_at_the_address() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     before = time.monotonic()
-    for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
+    with (
+        pytest.raises(ClusterError, match=r"address of Ray Client.*give host:port"),
+        ray_session(f"ray://127.0.0.1:{port}"),
+    ):
+        pass
+    for address in (f"127.0.0.1:{port}", f"localhost:{port}"):
         with (
             pytest.raises(ClusterError, match=f"No Ray cluster answers at {address} .* `ray start --head`"),
             ray_session(address),
