@@ -29,10 +29,9 @@ from pipeline.store import open_store
 NODE = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "include_dashboard": False}
 WORK = {
     "cluster.workers": None,
-    "data.samples": 256,
+    "data.samples": 128,
     "data.sequence_length": 128,
-    "optimizer.epochs": 6,
-    "optimizer.batch_size": 4,
+    "optimizer.epochs": 4,
     "storage.chunk_samples": 16,
 }
 NEWS = ROOT / "assets" / "news.txt"

@@ -281,3 +281,21 @@ def test_impossible_plans_are_refused(units: list[Unit], message: str) -> None:
 def test_attempts_must_be_possible() -> None:
     with pytest.raises(ValueError, match="max_attempts is 0"):
         Scheduler([], 0)
+
+
+def test_after_a_failure_another_worker_is_tried_though_the_first_held_the_affinity() -> None:
+    s = Scheduler([unit("a", affinity="x")], 3)
+    play(s, WorkerJoined("bad"), WorkerJoined("good"))
+    assert s.running == {"bad": "a"}
+    assert play(s, failed("a", "bad")) == [Assign("a", "good")]
+
+
+def test_an_outage_is_tried_again_and_blames_no_unit_in_the_end() -> None:
+    s = Scheduler([unit("a")], 2)
+    assert play(s, WorkerJoined("w"), failed("a", "w", "outage")) == [Assign("a", "w")]
+    (end,) = play(s, failed("a", "w", "outage", "no route"))
+    assert isinstance(end, End)
+    assert (end.status, end.reason, end.unit) == ("failed", "Unit a failed 2 times; the last time: no route", None)
+    (end,) = play(Scheduler([unit("a")], 1), WorkerJoined("w"), failed("a", "w"))
+    assert isinstance(end, End)
+    assert end.unit == "a"

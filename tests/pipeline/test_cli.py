@@ -198,3 +198,11 @@ def test_overrides_on_the_command_line(model: Path, short_text: Path, tmp_path: 
     result = lsi("plan", config, "--set", "optimizer.epoch=5")
     assert result.exit_code == 2
     assert "optimizer.epochs" in result.output
+
+
+def test_the_resume_line_shows_no_secret() -> None:
+    from pipeline.cli import without_secret
+
+    assert without_secret("storage.options.secret=hunter2") == "storage.options.secret=***"
+    assert without_secret("storage.options={secret: hunter2}") == "storage.options=***"
+    assert without_secret("scheme.bits=2") == "scheme.bits=2"

@@ -13,6 +13,7 @@ from pipeline.artifacts import RECORD, Artifact, digest
 from pipeline.driver import StoppedError
 from pipeline.errors import UserError
 from pipeline.graph import Node
+from pipeline.report import block_reports
 from pipeline.run import ray_workers
 from pipeline.status import read_status
 from pipeline.store import Store, open_store
@@ -128,6 +129,22 @@ def test_a_flipped_bit_is_found_said_and_redone_from_what_is_still_there(
     assert any("damaged, will be redone" in message for message in [*report.messages, *again.messages])
     units = [*report.units, *again.units]
     assert len(units) == len(set(units)) + 1 + unread, "the damaged one is redone, and nothing else"
+
+
+@pytest.mark.parametrize("loss", ["flipped", "gone"])
+def test_a_result_that_only_the_report_reads_is_made_again(
+    undisturbed: tuple[Path, dict[str, str]], short_text: Path, tmp_path: Path, loss: str
+) -> None:
+    """Everything after it is committed, so no unit of the plan would look at it."""
+    model, expected = undisturbed
+    config = tiny_config(model, short_text, tmp_path / "run")
+    store = run(config)[0].prepared.store
+    record = next(key for key in store.list("quantized") if key.endswith(RECORD))
+    flip_a_bit(store, record) if loss == "flipped" else store.delete(record)
+    store.delete("checkpoint/config.json")
+    finished, _ = run(config)
+    assert checkpoint_hashes(finished.prepared.checkpoint) == expected
+    assert len(block_reports(finished)) == 2
 
 
 def test_flipped_bits_in_tokens_are_said_and_written_again(

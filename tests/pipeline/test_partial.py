@@ -14,6 +14,7 @@ from cluster.units import YieldUnit
 from pipeline.artifacts import RECORD, discard, read_record, read_tensors
 from pipeline.config import RunConfig
 from pipeline.graph import Graph, Node
+from pipeline.optimize import TrainTask
 from pipeline.prepare import prepare
 from pipeline.run import Finished
 from pipeline.store import Store
@@ -203,3 +204,15 @@ def test_a_unit_that_only_measures_leaves_without_a_commit(undisturbed: Finished
             discard(worker.store, node.makes[0])  # a shard that is there would not be made again
             with pytest.raises(YieldUnit):
                 handle_unit(node.task, worker)
+
+
+def test_a_unit_that_is_committed_is_not_trained_again(undisturbed: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its worker may be lost between the commit and the answer."""
+
+    def fail(*arguments: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(TrainTask, "_train", fail)
+    worker = Worker(undisturbed.prepared.context, "w", stay)
+    result = handle_unit(node_of(undisturbed.graph, "optimize/000/000").task, worker)
+    assert result["taken_up_at_step"] == 0

@@ -1,12 +1,13 @@
 """An actor's memory: chunks kept up to a limit, the next ones read ahead."""
 
+from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
 import torch
 
 from cluster.units import UnitError
-from pipeline.artifacts import RECORD, Artifact, CorruptArtifactError, Writer
+from pipeline.artifacts import RECORD, Artifact, CorruptArtifactError, Writer, discard
 from pipeline.capture import CHUNK_FILE, write_chunk
 from pipeline.store import Store, open_store
 from pipeline.worker import Chunk, ChunkCache
@@ -117,3 +118,13 @@ class FakeWorker:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.name = "worker"
+
+
+def test_a_read_that_failed_before_the_chunk_was_made_anew_is_asked_again(store: Counting) -> None:
+    (chunk,) = make_chunks(store, 1)
+    discard(store, chunk.artifact)
+    cache = ChunkCache(store, BYTES)
+    cache.prefetch([chunk])
+    wait(cache.coming.values())
+    make_chunks(store, 1)
+    assert cache.get(chunk).mean().item() == 0
