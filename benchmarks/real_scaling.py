@@ -32,7 +32,7 @@ from pipeline.gguf_import import import_gguf
 from pipeline.graph import Node, build_graph
 from pipeline.prepare import prepare
 from pipeline.reporter import Reporter
-from pipeline.run import run_to_goals, shard_plan
+from pipeline.run import run_to_goals, shard_plan, worker_pools
 from pipeline.sample_material import MODEL_FILE
 from pipeline.simulate import Network, simulate
 from pipeline.store import Store, open_store
@@ -97,7 +97,7 @@ def timed_workers(config: RunConfig, context: Context, report: Reporter) -> Iter
     """As `pipeline.run.ray_workers`, with the clock inside, and the actors up before the first unit."""
     count = config.cluster.workers or 1
     with ray_session(None, count):
-        group = RayGroup(partial(timed_handler, context), count, 1)
+        group = RayGroup(partial(timed_handler, context), worker_pools(config.cluster))
         try:
             while len(group.workers()) < count:
                 group.poll(0.2)
