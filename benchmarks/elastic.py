@@ -29,7 +29,7 @@ from pipeline.store import open_store
 NODE = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "include_dashboard": False}
 WORK = {
     "cluster.workers": None,
-    "data.samples": 128,
+    "data.samples": 320,
     "data.sequence_length": 128,
     "optimizer.epochs": 4,
     "storage.chunk_samples": 16,
