@@ -17,7 +17,7 @@ from cluster.pools import Pool, check_pools, check_room, places
 from cluster.scheduler import State
 from cluster.seat import Seat, take_seat
 from cluster.starts import Shortage, Starts
-from cluster.units import ClusterError, Unit
+from cluster.units import ClusterLostError, Unit
 
 _PLACE_SECONDS = 60.0  # for Ray to start a process where its own books say that there is room
 _AWAY_SECONDS = 5.0
@@ -79,7 +79,7 @@ class RayGroup:
 
     def poll(self, timeout: float) -> list[Event]:
         if self._lookout.gone:
-            raise ClusterError(
+            raise ClusterLostError(
                 f"The cluster is lost: {self._lookout.gone}. What was committed stays; start the cluster again and repeat."
             )
         self._forgive()

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Collection
 
 from cluster.pools import Pool
-from cluster.units import ClusterError
+from cluster.units import ClusterError, ClusterLostError
 
 _MAX_FAILURES = 3
 _NO_ROOM_SECONDS = 60.0
@@ -20,6 +20,7 @@ class Starts:
         self._failures: dict[str, int] = {}
         self._barred: dict[str, float] = {}
         self._last = ""
+        self._any_succeeded = False
 
     def barred(self) -> set[str]:
         now = time.monotonic()
@@ -27,6 +28,7 @@ class Starts:
 
     def succeeded(self, node: str) -> None:
         self._failures.pop(node, None)
+        self._any_succeeded = True
 
     def failed(self, node: str, reason: str, *, fatal: bool) -> None:
         """A fatal failure needs no second trial."""
@@ -46,9 +48,9 @@ class Starts:
         self._on_message(f"{what} found no room on node {node[:8]}; it is tried again when there may be some")
 
     def check_hope(self, nodes: Collection[str]) -> None:
-        """Raises ClusterError if workers start on none of the nodes."""
+        """Raises ClusterError if workers start on none of the nodes, ClusterLostError if one has started before."""
         if nodes and self._last and all(self._barred.get(node) == math.inf for node in nodes):
-            raise ClusterError(self._last)
+            raise (ClusterLostError if self._any_succeeded else ClusterError)(self._last)
 
 
 class Shortage:

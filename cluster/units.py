@@ -50,3 +50,7 @@ class YieldUnit(Exception):  # noqa: N818  (not an error)
 
 class ClusterError(Exception):
     """The workers themselves cannot be had: the message says what was asked, what there is and what to do."""
+
+
+class ClusterLostError(ClusterError):
+    """There were workers, and there will be none any more: units may have run, and what they committed stays."""

@@ -20,7 +20,7 @@ from cluster.inline import InlineGroup
 from cluster.pools import Pool
 from cluster.ray_group import RayGroup
 from cluster.session import ray_session
-from cluster.units import ClusterError
+from cluster.units import ClusterError, ClusterLostError
 from pipeline.artifacts import collect_garbage
 from pipeline.config import ClusterConfig, RunConfig
 from pipeline.driver import Driver, GaveUpError, StoppedError
@@ -81,7 +81,7 @@ def ray_workers(config: RunConfig, context: Context, report: Reporter) -> Iterat
             )
             try:
                 yield group
-            except ClusterError as error:  # in mid-run: what is committed stays
+            except ClusterLostError as error:
                 raise StoppedError(str(error), interrupted=False) from error
             finally:
                 group.close()

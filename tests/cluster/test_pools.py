@@ -4,7 +4,7 @@ import pytest
 
 from cluster.pools import Machine, Pool, Seated, check_pools, check_room, places
 from cluster.starts import Shortage, Starts
-from cluster.units import ClusterError
+from cluster.units import ClusterError, ClusterLostError
 from cluster.versions import differing, here
 
 TRAIN, CPU = Pool("train", cpus=1, gpus=0.5), Pool("cpu", cpus=2, most=2)
@@ -72,8 +72,16 @@ def test_a_node_on_which_workers_fail_is_barred_and_the_last_hope_ends_the_run()
     starts.check_hope(["a", "b"])
     starts.failed("b", "other versions", fatal=True)
     assert [text.split(".")[0] for text in said] == ["node a gets no more workers", "node b gets no more workers"]
-    with pytest.raises(ClusterError, match="A worker cannot start: other versions"):
+    with pytest.raises(ClusterLostError, match="A worker cannot start: other versions"):
         starts.check_hope(["a", "b"])
+
+
+def test_where_no_worker_ever_started_nothing_is_lost() -> None:
+    starts = Starts(lambda text: None)
+    starts.failed("a", "other versions", fatal=True)
+    with pytest.raises(ClusterError) as raised:
+        starts.check_hope(["a"])
+    assert not isinstance(raised.value, ClusterLostError)
 
 
 def test_a_shortage_is_said_once() -> None:
