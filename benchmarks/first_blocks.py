@@ -22,8 +22,9 @@ from lsi.equivalence import collect_ranges
 from lsi.grid import Grid
 from lsi.increment import DEFAULT_LEARNING_RATE, KINDS, Increment
 from lsi.linear import Parts
+from lsi.objective import Call, Frozen, freeze, token_losses
 from lsi.pairs import KINDS as EQUIVALENCES
-from lsi.reconstruct import Method, Reconstruction, token_losses
+from lsi.reconstruct import Method, Reconstruction
 from pipeline.block_state import EQUIVALENCE_LEARNING_RATE, result_of
 from pipeline.config import DataConfig, ScheduleConfig
 from pipeline.data import calibration_tokens, evaluation_tokens
@@ -57,9 +58,10 @@ class Trial:
         tokens = calibration_tokens(self.tokenizer, text)
         batches = [tokens[start : start + CHUNK].long() for start in range(0, len(tokens), CHUNK)]
         self.boundaries = [[self.surroundings.embed(batch) for batch in batches]]
-        for block in range(options.blocks):
+        for block in range(min(options.blocks + options.look_ahead, len(self.skeleton))):
             self.boundaries.append(self.apply(self.block(block), block, self.boundaries[-1]))
         self.training: dict[int, Reconstruction] = {}
+        self.frozen: dict[int, Frozen] = {}
         self.streams: dict[tuple[int, int], list[Tensor]] = {}
         self.finished: dict[int, nn.Module] = {}
         self.losses: dict[int, float] = {}
@@ -74,7 +76,8 @@ class Trial:
     def begin(self, index: int) -> Reconstruction:
         options = self.options
         names = linear_names(self.skeleton.blocks[index], self.skeleton.block_prefix(index), [])
-        total = options.epochs * -(-CHUNK // options.batch) * len(self.boundaries[0])
+        epoch = -(-CHUNK // options.batch) * len(self.boundaries[0])
+        total, joined = options.epochs * epoch, (options.epochs - options.warm_epochs) * epoch
         method = Method(
             grid=Grid(options.bits, options.group_size, options.symmetric),
             parts=Parts(
@@ -86,7 +89,7 @@ class Trial:
             rates={
                 "clipping": options.clipping_rate or (0.1 if options.clipping == "learned" else 1 / total),
                 "increment": options.increment_rate or DEFAULT_LEARNING_RATE,
-                "rounding": options.rounding_rate or 1 / total,
+                "rounding": options.rounding_rate or 1 / joined,
                 "equivalence": options.equivalence_rate,
             },
             total_steps=total,
@@ -95,8 +98,20 @@ class Trial:
             first_token=options.first_token,
             autocast=torch.bfloat16,
             equivalence=tuple(options.equivalence),
+            quantized_stream=options.quantized_stream_loss,
+            warm_steps=options.warm_epochs * epoch,
         )
         return Reconstruction(self.block(index), names, method)
+
+    def freeze(self, index: int) -> Frozen:
+        """The full-precision blocks that the loss of a block runs."""
+
+        def call(place: int) -> Call:
+            return Call(freeze(self.block(place), torch.bfloat16), self.arguments[place])
+
+        following = range(index + 1, min(index + 1 + self.options.look_ahead, len(self.skeleton)))
+        itself = call(index) if self.options.quantized_stream_loss else None
+        return Frozen(tuple(map(call, following)), itself)
 
     def smooth(self, index: int, training: Reconstruction, inputs: list[Tensor]) -> None:
         """Start the scales as SmoothQuant does."""
@@ -110,24 +125,28 @@ class Trial:
         training = self.training.setdefault(index, self.begin(index)) if epoch == 0 else self.training[index]
         source = input_epoch(self.schedule, epoch, self.options.epochs)
         inputs = self.boundaries[index] if index == 0 or source is None else self.streams[index - 1, source]
-        targets = self.boundaries[index + 1]
+        if epoch == 0:
+            self.frozen[index] = self.freeze(index)
+        frozen = self.frozen[index]
+        targets = self.boundaries[index + 1 + len(frozen.following)]
         if epoch == 0 and self.options.smoothquant:
             self.smooth(index, training, inputs)
         for chunk in permutation(len(inputs), self.options.seed, index, epoch):
             order = permutation(len(inputs[chunk]), self.options.seed, index, epoch, chunk)
             for start in range(0, len(order), self.options.batch):
                 batch = order[start : start + self.options.batch]
-                training.step(inputs[chunk][batch], targets[chunk][batch], self.arguments[index])
+                training.step(inputs[chunk][batch], targets[chunk][batch], self.arguments[index], frozen)
         block = self.block(index)
         result_of(training, torch.bfloat16).load(block)
         self.streams[index, epoch] = outputs = self.apply(block, index, inputs)
         if epoch == self.options.epochs - 1:
-            pairs = zip(outputs, targets, strict=True)
+            # At the block's own end, whatever it was trained on: so settings can be compared.
+            pairs = zip(outputs, self.boundaries[index + 1], strict=True)
             self.losses[index] = sum(float(token_losses(o, t, self.options.loss).mean()) for o, t in pairs) / len(
                 inputs
             )
             self.finished[index] = block
-            del self.training[index]
+            del self.training[index], self.frozen[index]
 
     def run(self) -> None:
         """All units in an order that every schedule's dependencies allow."""
@@ -178,6 +197,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", choices=["adamw", "signed"], default="adamw")
     parser.add_argument("--loss", choices=["relative", "mse"], default="relative")
     parser.add_argument("--first-token", type=float, default=0.1)
+    parser.add_argument("--look-ahead", type=int, default=0)
+    parser.add_argument("--quantized-stream-loss", type=float, default=0.0)
+    parser.add_argument("--warm-epochs", type=int, default=0, help="of clipping and equivalence alone")
     parser.add_argument("--schedule", choices=["sequential", "parallel", "wave"], default="sequential")
     parser.add_argument("--refresh-every", type=int, default=1)
     parser.add_argument("--lead", type=int, default=0)

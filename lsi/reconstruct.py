@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from lsi.block import Hidden, replace_linears, run_block, trainable
@@ -22,13 +20,14 @@ from lsi.equivalence import Equivalence
 from lsi.experts import expert_of
 from lsi.grid import Grid, QuantizedWeight, clip_to_weights
 from lsi.linear import DirectClipping, LearnedRounding, Parts
+from lsi.objective import Frozen, LossKind, Objective, products_in
 from lsi.steps import DECAY, Steps, make_optimizer
 
 Result = TypeVar("Result")
 Status = Literal["ok", "non_finite"]
-LossKind = Literal["mse", "relative"]
-# A token of zeros has no relative error; this keeps its quotient finite.
-SMALLEST_SQUARE = 1e-12
+# Parts that only find their place on a grid that has settled: they join after `Method.warm_steps`.
+JOINING = ("increment", "rounding")
+NOTHING_FROZEN = Frozen()
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,11 @@ class Method:
     `rates`: learning rate of each part, by its name (clipping, increment, rounding, equivalence). `equivalence`: kinds of
     `lsi.pairs.KINDS`, none for no equivalent transformation, with shifts where biases take them up. `autocast`: dtype of
     the products, None for the block's own. fewest_tokens: an expert of a mixture that sees fewer in all steps is clipped
-    without data.
+    without data. quantized_stream: weight of the loss on the quantized stream.
+
+    warm_steps: so many steps train clipping and equivalence alone; then increment and rounding join (LSI starts from
+    OmniQuant's trained values). Every part has one decay, from its own first step to the last of all: those that join begin at
+    their full rate, and what is settling already is not shaken again by a second start. Clipping or equivalence must be trained.
     """
 
     grid: Grid
@@ -52,27 +55,13 @@ class Method:
     equivalence: tuple[str, ...] = ()
     shifts: bool = False
     fewest_tokens: int = 0
+    quantized_stream: float = 0.0
+    warm_steps: int = 0
 
-
-def token_losses(
-    output: Hidden, target: Hidden, kind: LossKind, first_token: float = 0.0
-) -> Float[Tensor, "batch sequence"]:
-    """The error of each token's hidden states, in float32, weighted.
-
-    mse: mean squared error over the channels (LSI, OmniQuant). relative: that divided by the target's mean square. The
-    norm at the next block's entrance divides every token by its own size, so a relative error is what that block sees;
-    and a few tokens with massive activations (arXiv 2402.17762) do not outweigh all the others by orders of magnitude.
-
-    `first_token`: what the first token's error counts beside the mean of all. It is the attention sink (arXiv 2309.17453):
-    every later token attends to it, some block makes its activations massive, and where an error keeps that from happening
-    all tokens suffer in all blocks after. One among hundreds, it would hardly be seen in the mean.
-    """
-    error = (output.float() - target.float()).square().mean(-1)
-    if kind == "relative":
-        error = error / target.float().square().mean(-1).clamp(min=SMALLEST_SQUARE)
-    weight = torch.ones(error.shape[1], device=error.device)
-    weight[0] += first_token * error.shape[1]
-    return error * weight
+    @property
+    def objective(self) -> Objective:
+        """How losses are taken, in training and wherever states are compared."""
+        return Objective(self.loss, self.first_token, self.quantized_stream, self.autocast)
 
 
 def part_of(parameter: str) -> str:
@@ -100,6 +89,7 @@ class Reconstruction:
         if self.equivalence is not None:
             self.parameters |= {f"let.{name}": p for name, p in self.equivalence.named_parameters()}
         self.rates = {name: method.rates[part_of(name)] for name in self.parameters}
+        self.starts = {name: method.warm_steps if part_of(name) in JOINING else 0 for name in self.parameters}
         self.optimizer = self._make_optimizer()
         self.steps_done = 0
         self.status: Status = "ok"
@@ -119,39 +109,35 @@ class Reconstruction:
     def _make_optimizer(self) -> torch.optim.Optimizer | None:
         if not self.parameters:
             return None
+        kinds = {name: (self.starts[name], self.rates[name]) for name in self.parameters}
         groups = [
-            {"params": [p for n, p in self.parameters.items() if self.rates[n] == rate], "lr": rate, "base": rate}
-            for rate in sorted(set(self.rates.values()))
+            {"params": [p for n, p in self.parameters.items() if kinds[n] == kind], "start": kind[0], "base": kind[1]}
+            for kind in sorted(set(kinds.values()))
         ]
         return make_optimizer(self.method.steps, groups)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.method.autocast is None:
-            return nullcontext()
-        device = next(iter(self.linears.values())).weight.device.type
-        return torch.autocast(device, self.method.autocast)
 
     def _within(self, function: Callable[[], Result]) -> Result:
         """What `function` returns on the block as the equivalent transformation leaves it."""
         return function() if self.equivalence is None else self.equivalence.within(self.block, function)
 
-    def step(self, inputs: Hidden, targets: Hidden, arguments: Mapping[str, Any]) -> float:
-        """One update. Returns the loss before it.
+    def step(
+        self, inputs: Hidden, targets: Hidden, arguments: Mapping[str, Any], frozen: Frozen = NOTHING_FROZEN
+    ) -> float:
+        """One update. Returns the loss before it. `targets`: the full-precision stream after the last of `frozen.following`.
 
         A loss or a gradient that is not finite leaves the parameters alone and sets the status; later steps return NaN.
         """
         if self.optimizer is None or self.status != "ok":
             return math.nan
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base"] * DECAY[self.method.steps](self.steps_done, self.method.total_steps)
-        self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
-            output = self._within(lambda: run_block(self.block, inputs.float(), arguments))
-        loss = token_losses(output, targets, self.method.loss, self.method.first_token).mean()
+        self._begin_step(self.optimizer)
+        inputs = inputs.float()
+        with products_in(self.method.autocast, inputs.device):
+            output = self._within(lambda: run_block(self.block, inputs, arguments))
+        loss = self.method.objective.losses(output, inputs, targets, frozen).mean()
         loss.backward()
         for parameter in self.parameters.values():
             # A linear that the batch does not reach (an expert) takes part with zeros: one step count serves all.
-            if parameter.grad is None:
+            if parameter.grad is None and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
         if self._finite(loss):
             self.optimizer.step()
@@ -160,6 +146,15 @@ class Reconstruction:
         else:
             self.status = "non_finite"
         return loss.item()
+
+    def _begin_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Learning rates of this step; what has not joined yet gets no gradient, and so stays as it is."""
+        for group in optimizer.param_groups:
+            done, steps = self.steps_done - group["start"], self.method.total_steps - group["start"]
+            group["lr"] = group["base"] * DECAY[self.method.steps](done, steps)
+            for parameter in group["params"]:
+                parameter.requires_grad_(done >= 0)
+        optimizer.zero_grad(set_to_none=True)
 
     def _project(self) -> None:
         for linear in self.linears.values():
@@ -193,11 +188,12 @@ class Reconstruction:
         state["steps"] = torch.tensor([self.steps_done, self.status == "non_finite"], dtype=torch.int64)
         if self.tokens:
             state["tokens"] = torch.tensor(list(self.tokens.values()), dtype=torch.int64)
-        if isinstance(self.optimizer, torch.optim.AdamW) and self.steps_done:
+        if isinstance(self.optimizer, torch.optim.AdamW):
             for name, parameter in self.parameters.items():
-                moments = self.optimizer.state[parameter]
-                state[f"first/{name}"] = moments["exp_avg"]
-                state[f"second/{name}"] = moments["exp_avg_sq"]
+                if self.steps_done > self.starts[name]:
+                    moments = self.optimizer.state[parameter]
+                    state[f"first/{name}"] = moments["exp_avg"]
+                    state[f"second/{name}"] = moments["exp_avg_sq"]
         return state
 
     @torch.no_grad()
@@ -212,9 +208,9 @@ class Reconstruction:
             self.optimizer.state.clear()
         for name, parameter in self.parameters.items():
             parameter.copy_(state[f"value/{name}"])
-            if isinstance(self.optimizer, torch.optim.AdamW) and steps:
+            if isinstance(self.optimizer, torch.optim.AdamW) and steps > self.starts[name]:
                 self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(steps)),
+                    "step": torch.tensor(float(steps - self.starts[name])),
                     "exp_avg": state[f"first/{name}"].clone().to(parameter.device),
                     "exp_avg_sq": state[f"second/{name}"].clone().to(parameter.device),
                 }

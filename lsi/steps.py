@@ -21,7 +21,8 @@ class SignedSteps(torch.optim.Optimizer):
     def step(self, closure: object = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in group["params"]:
-                parameter.add_(parameter.grad.sign(), alpha=-group["lr"])
+                if parameter.grad is not None:
+                    parameter.add_(parameter.grad.sign(), alpha=-group["lr"])
 
 
 def cosine(step: int, total: int) -> float:

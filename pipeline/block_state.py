@@ -33,12 +33,15 @@ def steps_per_epoch(config: RunConfig) -> int:
 
 def learning_rates(config: RunConfig) -> dict[str, float]:
     """Of each part: the configured one, or the default."""
-    optimizer, total = config.optimizer, max(1, config.optimizer.epochs * steps_per_epoch(config))
+    optimizer, steps = config.optimizer, steps_per_epoch(config)
+    total = max(1, optimizer.epochs * steps)
+    # What joins late has its way to go in fewer steps.
+    joined = max(1, (optimizer.epochs - optimizer.warm_epochs) * steps)
     clipping = 1e-1 if config.method.clipping == "learned" else 1 / total
     return {
         "clipping": optimizer.clipping_learning_rate or clipping,
         "increment": optimizer.increment_learning_rate or DEFAULT_LEARNING_RATE,
-        "rounding": optimizer.rounding_learning_rate or 1 / total,
+        "rounding": optimizer.rounding_learning_rate or 1 / joined,
         "equivalence": optimizer.equivalence_learning_rate or EQUIVALENCE_LEARNING_RATE,
     }
 
@@ -58,6 +61,8 @@ def make_method(context: Context) -> Method:
         equivalence=config.method.equivalence_kinds,
         shifts=config.method.shifts,
         fewest_tokens=config.method.expert_tokens * config.optimizer.epochs,
+        quantized_stream=config.method.quantized_stream_loss,
+        warm_steps=config.optimizer.warm_epochs * steps_per_epoch(config),
     )
 
 

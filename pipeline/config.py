@@ -111,6 +111,18 @@ class MethodConfig(Section):
     first_token: float = Field(
         0.1, ge=0, description="what the first token's error (the attention sink's) counts beside the mean of all"
     )
+    look_ahead: int = Field(
+        0,
+        ge=0,
+        le=2,
+        description="full-precision blocks that a block's outputs pass before the loss is taken (CL has 2); the last blocks pass "
+        "those that there are",
+    )
+    quantized_stream_loss: float = Field(
+        0,
+        ge=0,
+        description="weight of a further loss: against the full-precision block on the same inputs (OmniQuant's aug_loss)",
+    )
 
     def parts(self, scale_dtype: torch.dtype) -> Parts:
         """What is trained in a linear, as the algorithm takes it."""
@@ -128,7 +140,7 @@ class MethodConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """How it is learned, with a learning rate that falls to zero over all epochs.
+    """How it is learned, with a learning rate that falls to zero over all epochs that train a part.
 
     adamw: AdamW without weight decay, along a cosine. signed: every parameter moves by the learning rate in the direction
     of its gradient's sign, along a straight line; no optimizer state.
@@ -138,6 +150,11 @@ class OptimizerConfig(Section):
     epochs: int = Field(
         4, ge=0, description="passes over the calibration samples; 0: no training, plain round-to-nearest"
     )
+    warm_epochs: int = Field(
+        0,
+        ge=0,
+        description="so many first epochs train clipping and equivalence alone; then increment and rounding join. 0: all at once",
+    )
     batch_size: int = Field(2, ge=1, description="sequences a step")
     clipping_learning_rate: float | None = Field(
         None, gt=0, description="for the clipping bounds. Default: 1e-1 before a sigmoid, direct: 1 / steps of a block"
@@ -145,7 +162,7 @@ class OptimizerConfig(Section):
     rounding_learning_rate: float | None = Field(
         None,
         gt=0,
-        description="in grid steps. Default: 1 / steps of a block, which signed steps reach half a step with",
+        description="in grid steps. Default: 1 / steps of a block (but the warm epochs'), which signed steps reach half a step with",
     )
     increment_learning_rate: float | None = Field(
         None, gt=0, description="in grid steps of each linear, whatever the increment's kind. Default: 1e-2"
@@ -243,6 +260,28 @@ class EvaluationConfig(Section):
     )
 
 
+def check_stages(method: MethodConfig, optimizer: OptimizerConfig) -> None:
+    """Refuse a staged start of which one stage trains nothing. Raises ValueError."""
+    warm, epochs = optimizer.warm_epochs, optimizer.epochs
+    if not warm:
+        return
+    if warm >= epochs:
+        raise ValueError(
+            f"optimizer.warm_epochs {warm} leaves none of optimizer.epochs {epochs} to increment and rounding: "
+            + (f"set it to {epochs - 1} or less, or train longer" if epochs else "set it to 0")
+        )
+    if method.increment == method.rounding == "none":
+        raise ValueError(
+            f"optimizer.warm_epochs is {warm}, but method.increment and method.rounding are none, so nothing joins after the warm "
+            "epochs: set optimizer.warm_epochs to 0, or choose one of them"
+        )
+    if method.clipping == "none" and not method.equivalence:
+        raise ValueError(
+            f"optimizer.warm_epochs is {warm}, but method.clipping is none and method.equivalence is empty, so the warm epochs train "
+            "nothing: set optimizer.warm_epochs to 0, or choose one of them"
+        )
+
+
 class RunConfig(Section):
     """The whole file."""
 
@@ -279,6 +318,7 @@ class RunConfig(Section):
             raise ValueError(
                 "method.shifts means nothing without method.equivalence: set that to auto, or leave it out"
             )
+        check_stages(method, self.optimizer)
         nothing = method.clipping == method.increment == method.rounding == "none" and not method.equivalence
         if self.optimizer.epochs and nothing:
             raise ValueError(

@@ -4,6 +4,8 @@ Products (floating point operations), P being the weights of a block's linears, 
 
     forward   a token         2·P + 2·L·A                       (A: queries' width; half of the square, as it is causal)
     training  a step          3 · forward · tokens in the batch   forward, gradient of inputs, gradient of W'
+              with look-ahead + 2 · forward for each further block  forward, gradient of inputs
+              with the loss on the quantized stream + 1 · forward
               with diagonal   + 4 · Σ out·in·min(out, in)         W' = W + U·diag(I)·Vh and its gradient's projection
     memory    a step          `_FAKE_QUANTIZATION` bytes a weight, `_DENSE` more for a dense increment and its AdamW
 
@@ -131,17 +133,22 @@ class Costs:
         length = self.config.data.sequence_length
         return self._forward(samples * length, length)
 
-    def epoch(self) -> float:
-        """Seconds of one block's training steps over all samples."""
+    def epoch(self, ahead: int = 0) -> float:
+        """Seconds of one block's training steps over all samples, with the loss taken `ahead` blocks further on."""
         config, steps = self.config, steps_per_epoch(self.config)
         increment = config.method.increments
         every_weight = config.method.rounding == "learned" or (increment.kind == "dense" and increment.rank is None)
         ranks = (out * width * (increment.rank or min(out, width)) for out, width in self.shape.linears)
         factors = sum(ranks) if increment.kind in ("diagonal", "corner", "band") or increment.rank else 0
         memory = self.shape.weights * (_FAKE_QUANTIZATION + _DENSE * every_weight)
-        return 3 * self._pass(config.data.samples) + steps * (
+        passes = 3 + 2 * ahead + self._own_passes()
+        return passes * self._pass(config.data.samples) + steps * (
             4.0 * factors / self.device.flops + memory / self.device.memory
         )
+
+    def _own_passes(self) -> int:
+        """Of the full-precision block on the quantized stream, in each pass over the samples."""
+        return int(self.config.method.quantized_stream_loss > 0)
 
     def _capture(self, task: CaptureTask) -> Cost:
         samples = self._samples(int(task.out.name.rpartition("-")[2]))
@@ -158,7 +165,8 @@ class Costs:
         compared = task.comparison != "none"
         method = self.config.method
         smooths = bool(method.equivalence) and method.equivalence_start == "smoothquant" and task.previous is None
-        measures = (task.comparison == "begins") + bool(task.stream or compared) + smooths
+        measures = (task.comparison == "begins") + bool(task.stream or compared)
+        measure = (1 + task.ahead + self._own_passes()) * self._pass(self.config.data.samples)
         writes: list[tuple[str, float]] = []
         if task.stream:
             writes.append((task.stream.path, self._activations(self.config.data.samples)))
@@ -174,16 +182,16 @@ class Costs:
             size = self._activations(self._samples(place))
             sizes[chunk.artifact.path] = sizes.get(chunk.artifact.path, 0.0) + size
         return Cost(
-            compute=self.epoch() + measures * self._pass(self.config.data.samples),
+            compute=self.epoch(task.ahead) + measures * measure + smooths * self._pass(self.config.data.samples),
             block=task.block,
-            weights=self.block_bytes,
+            weights=(1 + task.ahead) * self.block_bytes,
             state=previous,
             new_state=task.state.path if task.state else None,
-            reads=tuple(Read(path, size, 1 + measures) for path, size in sizes.items()),
+            reads=tuple(Read(path, size, 1 + measures + smooths) for path, size in sizes.items()),
             chunks=len(task.inputs),
             writes=tuple(writes),
             behind=self._activations(self.config.data.samples) if task.stream else 0.0,
-            last_pass=self._pass(self.config.data.samples) if task.stream else 0.0,
+            last_pass=measure if task.stream else 0.0,
         )
 
     def state_bytes(self, compared: bool) -> float:

@@ -16,7 +16,7 @@ from pipeline.costs import Costs, Device, Shape, placeholder_inputs
 from pipeline.graph import build_graph
 from pipeline.merge import checkpoint_layout, plan_shards, shards_with_blocks
 from pipeline.model_source import DTYPES, locate, open_model
-from pipeline.prepare import check_equivalence, check_scheme
+from pipeline.prepare import check_equivalence, check_look_ahead, check_scheme
 from pipeline.simulate import Network, simulate
 from pipeline.skeleton import Skeleton, make_skeleton
 from pipeline.tensors import layout_bytes
@@ -68,6 +68,7 @@ def estimate(config: RunConfig, workers: int | None = None) -> dict[str, Any]:
     skeleton, dtype = open_skeleton(config)
     check_scheme(config, skeleton)
     check_equivalence(config.method, skeleton)
+    check_look_ahead(config.method, skeleton)
     grid = config.scheme.grid
     layout = checkpoint_layout(skeleton, grid, config.scheme.skip, dtype)
     shards = plan_shards(layout, config.outputs.max_shard_mib << 20)

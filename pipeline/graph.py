@@ -177,7 +177,8 @@ class Builder:
         if self.config.optimizer.epochs:
             self._embed()
             for block in range(self.inputs.blocks):
-                self._capture(block)
+                while len(self.hidden) <= self._target(block):
+                    self._capture(len(self.hidden) - 1)
                 if block in self.inputs.quarantined:
                     self._stream_rounded(block, self._round(block, "round"))
                 else:
@@ -188,6 +189,14 @@ class Builder:
         self._evaluate()
         self._merge()
         return self.graph
+
+    def _ahead(self, block: int) -> int:
+        """Full-precision blocks that a block's outputs pass before its loss is taken: as many as are asked for, and are left."""
+        return min(self.config.method.look_ahead, self.inputs.blocks - 1 - block)
+
+    def _target(self, block: int) -> int:
+        """The boundary of the full-precision stream at which a block's loss is taken."""
+        return block + 1 + self._ahead(block)
 
     def _embed(self) -> None:
         self.hidden.append([])
@@ -208,7 +217,9 @@ class Builder:
             self.hidden[block + 1].append(out)
             task = CaptureTask(block, Chunk(source, CHUNK_FILE), out)
             name = f"capture/{block:03d}/{chunk:05d}"
-            self.add(Node(name, "capture", block, task, (source,), (out,), (block, 0, 0, chunk), f"block {block}"))
+            # It comes with the first block that trains on it.
+            priority = (max(0, block - self.config.method.look_ahead), 0, 0, chunk)
+            self.add(Node(name, "capture", block, task, (source,), (out,), priority, f"block {block}"))
 
     def _needs_stream(self, block: int, epoch: int) -> bool:
         """Whether the block after reads this block's outputs of this epoch."""
@@ -232,7 +243,7 @@ class Builder:
         # Defaults decide bytes as much as what was typed.
         settings["learning_rates"] = learning_rates(config)
         settings["chunk_samples"] = config.storage.chunk_samples
-        targets = tuple(Chunk(a, CHUNK_FILE) for a in self.hidden[block + 1])
+        ahead, targets = self._ahead(block), self.hidden[self._target(block)]
         previous: Artifact | None = None
         for epoch in range(epochs):
             inputs, sources = self._input_chunks(block, epoch)
@@ -244,7 +255,8 @@ class Builder:
                 weights=self.inputs.block_digests[block],
                 epoch=epoch,
                 inputs=[a.key for a in sources],
-                targets=[a.key for a in self.hidden[block + 1]],
+                targets=[a.key for a in targets],
+                following=self.inputs.block_digests[block + 1 : block + 1 + ahead],
                 previous=previous.key if previous else None,
                 comparison=compare,
             )
@@ -257,8 +269,9 @@ class Builder:
                 self.streams[block, epoch] = stream
             if quantized:
                 self.quantized.append(quantized)
-            task = TrainTask(block, epoch, inputs, targets, previous, state, stream, quantized, compare, key)
-            reads = (*sources, *self.hidden[block + 1], *((previous,) if previous else ()))
+            chunks = tuple(Chunk(a, CHUNK_FILE) for a in targets)
+            task = TrainTask(block, epoch, inputs, chunks, previous, state, stream, quantized, compare, key, ahead)
+            reads = (*sources, *targets, *((previous,) if previous else ()))
             makes = tuple(a for a in (stream, state, quantized) if a)
             node_name = f"optimize/{block:03d}/{epoch:03d}"
             self.add(Node(node_name, "optimize", block, task, reads, makes, (block, 1, epoch), f"block {block}"))

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lsi.block import round_block, run_block
 from lsi.equivalence import Equivalence, collect_ranges
-from lsi.reconstruct import token_losses
+from lsi.objective import Call, Frozen
 from pipeline.artifacts import Artifact, Writer, intact, read_record, read_tensors
 from pipeline.block_state import (
     WEIGHTS_FILE,
@@ -31,6 +31,7 @@ from pipeline.block_state import (
     BlockResult,
     Trained,
     begin,
+    make_method,
     number,
     pack_state,
     result_of,
@@ -62,9 +63,9 @@ def permutation(size: int, *key: object) -> list[int]:
 class TrainTask:
     """Epoch `epoch` of block `block`. Outputs that nobody needs are None.
 
-    `inputs` and `targets` are the chunks of the block's inputs and of the full-precision outputs. `previous` is the state
-    after the epoch before, `state` the one to write, `stream` the outputs on `inputs`, `quantized` the block's result; all
-    that it makes has the key `key`.
+    `inputs` and `targets` are the chunks of the block's inputs and of the full-precision stream `ahead` blocks after it.
+    `previous` is the state after the epoch before, `state` the one to write, `stream` the block's own outputs on `inputs`,
+    `quantized` its result; all that it makes has the key `key`.
     """
 
     block: int
@@ -77,11 +78,13 @@ class TrainTask:
     quantized: Artifact | None
     comparison: Comparison
     key: str
+    ahead: int = 0
 
     def __call__(self, worker: Worker) -> dict[str, Any]:
         if self._is_done(worker):
             return {"taken_up_at_step": 0}
         worker.chunks.drop_except({chunk.artifact.path for chunk in (*self.inputs, *self.targets)})
+        worker.keep_frozen(range(self.block, self.block + self.ahead + 1))
         self._await_first(worker)
         commits = Commits(worker, self.block, self.epoch, self.key)
         epoch = commits.take_up() or self._begin(worker)
@@ -143,6 +146,15 @@ class TrainTask:
         assert record is not None, "read_tensors refuses what has no record"
         return *unpack_state(worker, self.block, tensors, record.meta["best"]), record.meta["history"]
 
+    def _frozen(self, worker: Worker, sequence_length: int) -> Frozen:
+        """The full-precision blocks that the loss runs."""
+
+        def call(index: int) -> Call:
+            return Call(worker.frozen_block(index), worker.arguments(index, sequence_length))
+
+        itself = call(self.block) if worker.config.method.quantized_stream_loss else None
+        return Frozen(tuple(call(self.block + 1 + n) for n in range(self.ahead)), itself)
+
     def _train(self, worker: Worker, epoch: Epoch, commits: Commits) -> None:
         """What is left of one pass."""
         order = self._order(worker)
@@ -154,10 +166,11 @@ class TrainTask:
                 continue
             inputs, targets = self._chunk(worker, chunk, order[place + 1 : place + 2])
             arguments = worker.arguments(self.block, inputs.shape[1])
+            frozen = self._frozen(worker, inputs.shape[1])
             for batch in batches:
                 commits.check(epoch)
                 pair = inputs[batch].to(worker.device), targets[batch].to(worker.device)
-                epoch.losses.append(epoch.trained.reconstruction.step(*pair, arguments))
+                epoch.losses.append(epoch.trained.reconstruction.step(*pair, arguments, frozen))
 
     def _batches(self, worker: Worker, chunk: int) -> list[list[int]]:
         """The samples of every step on a chunk, in the order in which they are taken."""
@@ -226,19 +239,19 @@ class TrainTask:
         stream: Writer | None,
         pause: Callable[[], None],
     ) -> float:
-        """Mean loss of the block as a loader would compute it, over all samples; writes the outputs to `stream`.
+        """Mean loss of the block as a loader would compute it, over all samples; writes its own outputs to `stream`.
 
         `pause` is called between chunks, and may raise.
         """
         block = copy.deepcopy(worker.block(self.block))
         result.load(block)
         error, count = 0.0, 0
-        method = worker.config.method
+        objective = make_method(worker.context).objective
         with behind(stream) if stream else nullcontext() as files:
             for chunk, inputs, targets in self._pass(worker):
                 pause()
                 output = run_block(block, inputs, worker.arguments(self.block, inputs.shape[1]))
-                losses = token_losses(output, targets, method.loss, method.first_token)
+                losses = objective.losses(output, inputs, targets, self._frozen(worker, inputs.shape[1]))
                 error += float(losses.sum(dtype=torch.float64))
                 count += losses.numel()
                 if files:

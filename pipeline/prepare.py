@@ -129,6 +129,15 @@ def check_experts(skeleton: Skeleton, index: int, names: list[str], scheme: Sche
         )
 
 
+def check_look_ahead(method: MethodConfig, skeleton: Skeleton) -> None:
+    """Refuse a look-ahead past the last block."""
+    blocks = len(skeleton)
+    if method.look_ahead >= blocks:
+        raise UserError(
+            f"method.look_ahead {method.look_ahead} is past the last block of a model of {blocks}: set it to {blocks - 1} or less"
+        )
+
+
 def check_equivalence(method: MethodConfig, skeleton: Skeleton) -> None:
     """Refuse an equivalent transformation that a block cannot take."""
     if not method.equivalence:
@@ -194,6 +203,7 @@ def prepare(config: RunConfig, report: Reporter) -> Prepared:
     check_tensors(skeleton, source)
     check_scheme(config, skeleton)
     check_equivalence(config.method, skeleton)
+    check_look_ahead(config.method, skeleton)
     report.message(f"reading calibration text {config.data.source}")
     tokens, texts, values = read_tokens(config, source)
     claim(store, config, autocast)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import resource
 import socket
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from cluster.group import ShouldYield, stay
 from cluster.units import UnitError, YieldUnit
 from lsi.block import linear_names
+from lsi.objective import freeze
 from pipeline.artifacts import Artifact, CorruptArtifactError, discard, read_tensors
 from pipeline.call_arguments import call_arguments
 from pipeline.config import RunConfig
@@ -122,6 +124,7 @@ class Worker:
         self.chunks = ChunkCache(self.store, context.config.storage.cache_mib << 20)
         self._arguments: dict[int, list[Arguments]] = {}
         self._block: tuple[int, nn.Module] | None = None
+        self._frozen: dict[int, nn.Module] = {}
         # The optimize stage keeps its block here from one epoch to the next.
         self.held: tuple[str, Any] | None = None
         self.started = time.time()
@@ -160,9 +163,22 @@ class Worker:
         """A full-precision block of the caller's own, the weights of the linears in `without` not read."""
         return load_block(self.skeleton, self.source, index, self.context.dtype, self.device, without)
 
+    def frozen_block(self, index: int) -> nn.Module:
+        """The full-precision block as a loss runs it. Kept until `keep_frozen`; do not change it."""
+        if index not in self._frozen:
+            held = self._block is not None and self._block[0] == index
+            own = copy.deepcopy(self.block(index)) if held else self.new_block(index)
+            self._frozen[index] = freeze(own, self.context.autocast)
+        return self._frozen[index]
+
+    def keep_frozen(self, needed: Collection[int]) -> None:
+        """Let go of all other blocks that losses ran."""
+        self._frozen = {index: block for index, block in self._frozen.items() if index in needed}
+
     def release(self) -> None:
         """Let go of blocks and activations: a stage that comes after them needs the memory."""
         self._block = None
+        self._frozen = {}
         self.held = None
         self.chunks.drop_except(set())
 

@@ -20,8 +20,9 @@ from lsi.families import FAMILIES, family_of, find_family
 from lsi.grid import Grid
 from lsi.increment import Increment
 from lsi.linear import Parts
+from lsi.objective import token_losses
 from lsi.pairs import KINDS, bias_name, find_pairs, tensor_of
-from lsi.reconstruct import Method, Reconstruction, token_losses
+from lsi.reconstruct import Method, Reconstruction
 
 TRAINED = ("norm", "value_output", "up_down")
 METHOD = Method(

@@ -19,7 +19,8 @@ from lsi.block import load_quantized, round_block, run_block
 from lsi.grid import Grid
 from lsi.increment import Increment, Kind
 from lsi.linear import Clipping, Parts
-from lsi.reconstruct import Method, Reconstruction, token_losses
+from lsi.objective import token_losses
+from lsi.reconstruct import Method, Reconstruction
 from lsi.steps import Steps, cosine
 from lsi.steps import linear as straight
 
