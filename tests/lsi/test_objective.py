@@ -132,7 +132,9 @@ def test_with_nothing_further_the_objective_is_the_plain_loss() -> None:
 
 def test_the_loss_on_the_quantized_stream_is_added_with_its_weight() -> None:
     clean, shifted = make_task(), make_task(seed=1)
-    task = replace(clean, inputs=clean.inputs + 0.1 * shifted.inputs)  # a stream that carries errors, targets that do not
+    task = replace(
+        clean, inputs=clean.inputs + 0.1 * shifted.inputs
+    )  # a stream that carries errors, targets that do not
     reconstruction = Reconstruction(make_layer(), NAMES, replace(METHOD, quantized_stream=0.5))
     output = rounded(reconstruction, task)
     with torch.no_grad():

@@ -130,6 +130,45 @@ def test_nothing_to_train() -> None:
     parse_config(tree(method=nothing | {"clipping": "learned"}, optimizer={"epochs": 2}))
 
 
+JOINS = {"clipping": "learned", "increment": "diagonal"}
+
+
+@pytest.mark.parametrize(
+    ("method", "warm", "epochs", "words"),
+    [
+        (
+            JOINS,
+            4,
+            4,
+            "optimizer.warm_epochs 4 leaves none of optimizer.epochs 4 to increment and rounding: set it to 3 or",
+        ),
+        (
+            JOINS,
+            1,
+            0,
+            "optimizer.warm_epochs 1 leaves none of optimizer.epochs 0 to increment and rounding: set it to 0",
+        ),
+        (
+            JOINS | {"increment": "none"},
+            1,
+            4,
+            "so nothing joins after the warm epochs: set optimizer.warm_epochs to 0, or",
+        ),
+        (JOINS | {"clipping": "none"}, 1, 4, "so the warm epochs train nothing: set optimizer.warm_epochs to 0, or"),
+    ],
+)
+def test_a_stage_that_trains_nothing(method: dict[str, Any], warm: int, epochs: int, words: str) -> None:
+    message = refusal(method=method, optimizer={"epochs": epochs, "warm_epochs": warm})
+    assert words in message
+    assert len(message.splitlines()) == 1
+    parse_config(tree(method=JOINS, optimizer={"epochs": 4, "warm_epochs": 3}))
+
+
+@pytest.mark.parametrize("value", [-1, 3, 1.5])
+def test_look_ahead_out_of_range(value: Any) -> None:
+    assert f"method.look_ahead = {value}: " in refusal(method={"look_ahead": value})
+
+
 def test_required_keys() -> None:
     with pytest.raises(UserError) as caught:
         parse_config({"model": {}, "data": {"source": "d"}})

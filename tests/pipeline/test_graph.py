@@ -204,6 +204,68 @@ def test_a_blocks_weights_change_it_and_what_follows_but_not_what_comes_before()
     assert before[2] != after[2]
 
 
+@pytest.mark.parametrize(
+    ("blocks", "ahead", "boundaries"), [(4, 1, [2, 3, 4, 4]), (4, 2, [3, 4, 4, 4]), (3, 2, [3, 3, 3])]
+)
+def test_a_look_ahead_is_cut_to_the_blocks_that_there_are(blocks: int, ahead: int, boundaries: list[int]) -> None:
+    built = graph(blocks, method={"look_ahead": ahead})
+    tasks = [node.task for node in built.nodes if isinstance(node.task, TrainTask) and node.task.epoch == 0]
+    assert [task.ahead for task in tasks] == [min(ahead, blocks - 1 - block) for block in range(blocks)]
+    for task, boundary in zip(tasks, boundaries, strict=True):
+        names = [chunk.artifact.name for chunk in task.targets]
+        assert names == [f"boundary-{boundary:03d}-chunk-{chunk:05d}" for chunk in range(2)]
+
+
+def test_a_look_ahead_waits_for_the_boundary_further_on_and_reads_no_other() -> None:
+    built = graph(4, method={"look_ahead": 2}, schedule={"kind": "sequential"})
+    targets = {f"capture/002/{chunk:05d}" for chunk in range(2)}
+    assert dependencies(built)["optimize/000/000"] == targets | {"embed/00000", "embed/00001"}
+    readers = built.readers()
+    found = {
+        artifact.name: {name for name in readers[artifact.path] if name.startswith("optimize")}
+        for node in built.nodes
+        for artifact in node.makes
+        if artifact.kind == "hidden" and artifact.name.endswith("chunk-00001")
+    }
+    epochs = [f"{epoch:03d}" for epoch in range(3)]
+    assert found == {
+        "boundary-000-chunk-00001": {f"optimize/000/{epoch}" for epoch in epochs},
+        "boundary-001-chunk-00001": set(),
+        "boundary-002-chunk-00001": set(),
+        "boundary-003-chunk-00001": {f"optimize/000/{epoch}" for epoch in epochs},
+        "boundary-004-chunk-00001": {
+            f"optimize/{block}/{epoch}" for block in ("001", "002", "003") for epoch in epochs
+        },
+    }
+
+
+def test_the_weights_of_the_blocks_that_a_loss_passes_change_the_result() -> None:
+    def second_changed(ahead: int) -> tuple[list[str], list[str]]:
+        given, changed = (inputs(4, method={"look_ahead": ahead}, schedule={"kind": "sequential"}) for _ in range(2))
+        changed.block_digests[2] = "other"
+        return sorted(results(given)), sorted(results(changed))
+
+    for ahead, same in [(0, 2), (1, 1), (2, 0)]:
+        before, after = second_changed(ahead)
+        assert [a == b for a, b in zip(before, after, strict=True)] == [True] * same + [False] * (4 - same)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"method": {"look_ahead": 1}},
+        {"method": {"quantized_stream_loss": 0.5}},
+        {"optimizer": {"epochs": 3, "warm_epochs": 1}},
+    ],
+)
+def test_losses_and_stages_change_the_results_address_but_no_activations(sections: dict[str, Any]) -> None:
+    def hidden(given: Inputs) -> set[str]:
+        return {a.path for n in build_graph(given).nodes for a in n.makes if a.kind == "hidden"}
+
+    assert results(inputs()).isdisjoint(results(inputs(**sections)))
+    assert hidden(inputs()) == hidden(inputs(**sections))
+
+
 def results(given: Inputs) -> set[str]:
     return {a.path for n in build_graph(given).nodes for a in n.makes if a.kind == "quantized"}
 

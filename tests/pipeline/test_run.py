@@ -339,14 +339,14 @@ def test_a_loss_that_is_not_finite_is_recorded_and_the_block_keeps_its_start(
     from lsi import reconstruct
 
     calls = 0
-    plain = reconstruct.token_losses
+    plain = reconstruct.run_block
 
     def broken(*arguments: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
         return plain(*arguments) * (float("nan") if calls % 3 == 0 else 1.0)
 
-    monkeypatch.setattr(reconstruct, "token_losses", broken)
+    monkeypatch.setattr(reconstruct, "run_block", broken)
     finished, result = run(tiny_config(model, short_text, tmp_path / "run"))
     assert result["flagged_blocks"] == [0, 1, 2]
     for block in result_blocks(finished):

@@ -152,3 +152,23 @@ def test_no_cluster_at_the_address_is_one_sentence(model: Path, short_text: Path
     assert process.returncode == 2
     assert "No Ray cluster answers at 127.0.0.1:1" in err.decode()
     assert "Traceback" not in err.decode()
+
+
+def test_sigkill_under_a_look_ahead_and_a_staged_start(model: Path, short_text: Path, tmp_path: Path) -> None:
+    sections = SIZE | {
+        "data": {"samples": 8, "sequence_length": 64},
+        "evaluation": {"texts": {}},
+        "method": {"increment": "diagonal", "look_ahead": 2, "quantized_stream_loss": 0.5},
+        "optimizer": {"epochs": 3, "warm_epochs": 1},
+    }
+    undisturbed, _ = run(tiny_config(model, short_text, tmp_path / "plain", **sections))
+    tree = tiny_tree(model, short_text, tmp_path / "run", cluster={"workers": 2, "commit_every_seconds": 0}, **sections)
+    config = write_config(tmp_path / "config.yaml", tree)
+    first = command(config)
+    wait_for_commits(tmp_path / "run", "partial/block-*-epoch-001-*/" + RECORD, 1, first)
+    kill_driver_and_actors(first)
+    second = command(config)
+    _, err = second.communicate(timeout=240)
+    assert second.returncode == 0, err.decode()
+    found = checkpoint_hashes(open_store(str(tmp_path / "run" / "checkpoint")))
+    assert found == checkpoint_hashes(undisturbed.prepared.checkpoint)
