@@ -119,7 +119,7 @@ class MethodConfig(Section):
         "those that there are",
     )
     quantized_stream_loss: float = Field(
-        0,
+        0.0,
         ge=0,
         description="weight of a further loss: against the full-precision block on the same inputs (OmniQuant's aug_loss)",
     )
