@@ -148,10 +148,11 @@ class Watching(Silent):
         self.most = max(self.most, sum(size for key, size in sizes.items() if not key.endswith(RECORD)))
 
 
-def test_the_high_water_mark_is_that_of_a_real_run(model: Path, short_text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_the_high_water_mark_is_that_of_a_real_run(model: Path, short_text: Path, tmp_path: Path, ahead: int) -> None:
     """Up to what safetensors headers take: the tiny files are hardly larger than their headers."""
     sizes = {"data": {"samples": 24, "sequence_length": 64}, "schedule": {"kind": "wave", "lead": 1}}
-    given = tiny_config(model, short_text, tmp_path / "run", **sizes)
+    given = tiny_config(model, short_text, tmp_path / "run", method={"look_ahead": ahead}, **sizes)
     watch = Watching(given)
     finished, _ = run(given, watch, inline_workers)
     assert set(committed(finished.prepared.store, TRANSIENT)) == set()
