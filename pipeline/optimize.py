@@ -24,6 +24,7 @@ from torch import Tensor
 from lsi.block import round_block, run_block
 from lsi.equivalence import Equivalence, collect_ranges
 from lsi.reconstruct import token_losses
+from pipeline.activations import quantize_activations
 from pipeline.artifacts import Artifact, Writer, intact, read_record, read_tensors
 from pipeline.block_state import (
     WEIGHTS_FILE,
@@ -232,6 +233,7 @@ class TrainTask:
         """
         block = copy.deepcopy(worker.block(self.block))
         result.load(block)
+        quantize_activations(block, worker.linears(self.block), worker.config.scheme)
         error, count = 0.0, 0
         method = worker.config.method
         with behind(stream) if stream else nullcontext() as files:

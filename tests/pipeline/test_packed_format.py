@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from pipeline import packed_format
 from pipeline.packed_format import pack_linear, packed_layout, quantization_config, unpack_linear
 
-BITS = [2, 3, 4, 8]
+BITS = [2, 3, 4, 6, 8]
 GRIDS = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 CHECKPOINT_DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 # (out, in, group size). Groups of 32 always end on a word; the odd ones and the odd channel counts do not.
