@@ -63,7 +63,8 @@ class SchemeConfig(Section):
         None, description="4, 6 or 8: the linears' inputs are quantized too, with one range a token; null: they are not"
     )
     activation_symmetric: bool = Field(
-        True, description="what engines serve; false: the paper's asymmetric ranges, which are evaluated and not published"
+        True,
+        description="what engines serve; false: the paper's asymmetric ranges, which are evaluated and not published",
     )
     quantize_qkv: bool = Field(
         False, description="q, k and v inside the attention too, as in the paper; evaluated and not published"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from lsi.block import linear_names
-from lsi.experts import expert_of
 from lsi.grid import Grid
 from pipeline.artifacts import Artifact, Record, Writer, put_hashed, read_record, read_tensors
 from pipeline.block_state import WEIGHTS_FILE, BlockResult
 from pipeline.config import RunConfig, SchemeConfig
-from pipeline.mixture import original_names
+from pipeline.mixture import has_mixture, original_names
 from pipeline.model_source import ModelSource
 from pipeline.packed_format import pack_linear, packed_layout, quantization_config, refusal
 from pipeline.skeleton import Skeleton, stored_name, tensor_names
@@ -52,16 +51,11 @@ def unpublished(config: RunConfig, skeleton: Skeleton) -> str | None:
     scheme = config.scheme
     if reason := refusal(scheme.bits, scheme.activation_grid, operands=scheme.quantize_qkv):
         return reason
-    if scheme.activation_bits and (expert := first_expert(skeleton, quantized_linears(skeleton, scheme.skip))):
-        # It fuses experts into tensors that are no linears, and the library quantizes the inputs of linears alone.
-        return f"transformers loads no experts with quantized activations ({expert} and others; scheme.skip may name *.experts.*)"
+    if scheme.activation_bits and has_mixture(skeleton.model):
+        # It fuses experts, quantized or not, from tensors of the packed form alone, and into tensors that are no linears,
+        # whose inputs the library does not quantize.
+        return "transformers loads no mixture of experts with quantized activations"
     return None
-
-
-def first_expert(skeleton: Skeleton, names: Iterable[str]) -> str | None:
-    """The first of some linears, by full name, that is an opened expert's; None if there is none."""
-    places = ((name, skeleton.place(name)) for name in names)
-    return next((name for name, at in places if at and expert_of(skeleton.blocks[at[0]], at[1])), None)
 
 
 def checkpoint_layout(

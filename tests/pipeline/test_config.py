@@ -70,7 +70,10 @@ def test_unknown_key_names_the_nearest(sections: dict[str, Any], key: str, neare
 
 def test_unknown_key_like_no_other_lists_the_section() -> None:
     message = refusal(scheme={"zzz": 1})
-    assert message == "x.yaml: unknown key scheme.zzz; valid here: bits, group_size, symmetric, skip"
+    assert message == (
+        "x.yaml: unknown key scheme.zzz; valid here: bits, group_size, symmetric, activation_bits, "
+        "activation_symmetric, quantize_qkv, skip"
+    )
 
 
 def test_every_problem_has_its_line() -> None:
