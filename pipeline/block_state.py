@@ -16,6 +16,7 @@ from lsi.equivalence import load_tensors
 from lsi.grid import QuantizedWeight
 from lsi.increment import DEFAULT_LEARNING_RATE
 from lsi.reconstruct import Method, Reconstruction
+from pipeline.activations import quantize_activations
 from pipeline.config import RunConfig
 from pipeline.worker import Context, Worker
 
@@ -58,7 +59,7 @@ def make_method(context: Context) -> Method:
         loss=config.method.loss,
         first_token=config.method.first_token,
         autocast=context.autocast,
-        equivalence=config.method.equivalence_kinds,
+        equivalence=config.method.equivalence_kinds(config.scheme),
         shifts=config.method.shifts,
         fewest_tokens=config.method.expert_tokens * config.optimizer.epochs,
         quantized_stream=config.method.quantized_stream_loss,
@@ -146,6 +147,7 @@ def begin(worker: Worker, block: int) -> Trained:
     """A block at the start of its training."""
     own: nn.Module = copy.deepcopy(worker.block(block))
     reconstruction = Reconstruction(own, worker.linears(block), make_method(worker.context))
+    quantize_activations(own, worker.linears(block), worker.config.scheme)
     return Trained(reconstruction, BlockResult(reconstruction.quantized()))
 
 

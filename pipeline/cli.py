@@ -189,6 +189,7 @@ def run_and_publish(
     config: RunConfig, reporter: Reporter, should_stop: Callable[[], bool], how: dict[str, bool], *, merge_only: bool
 ) -> dict[str, Any]:
     """The result. Raises UserError or StoppedError."""
+    from pipeline.merge import unpublished
     from pipeline.prepare import prepare
     from pipeline.quarantine import refuse_flagged
     from pipeline.report import block_reports, flagged, publish_checkpoint, write_result
@@ -196,6 +197,10 @@ def run_and_publish(
 
     workers, restrict = (inline_workers, only_merge) if merge_only else (ray_workers, lambda graph, driver: None)
     prepared = prepare(config, reporter)
+    if reason := unpublished(config, prepared.skeleton):
+        if merge_only:
+            raise UserError(f"this run has no checkpoint to merge: {reason}; its evaluation is in result.json")
+        reporter.message(f"no checkpoint is published: {reason}; the run ends with its evaluation")
     with leased(prepared, reporter):
         finished = run_to_goals(prepared, reporter, workers, should_stop, restrict, **how)
         if how.get("strict"):
@@ -236,7 +241,8 @@ def show_result(result: dict[str, Any]) -> None:
         console.print(table)
     peaks = ", ".join(f"{name} {mib:.0f}" for name, mib in result["peak_rss_mib"].items())
     console.print(f"Peak memory (MiB): {peaks}", highlight=False)
-    console.print(f"Checkpoint: {result['checkpoint']}", highlight=False)
+    place = result["checkpoint"] or f"none is published: {result['unpublished']}"
+    console.print(f"Checkpoint: {place}", highlight=False)
 
 
 @app.command()

@@ -52,26 +52,59 @@ class DataConfig(Section):
 
 
 class SchemeConfig(Section):
-    """The integer grid of the result."""
+    """The integer grids of the result's weights and, if wanted, of the activations that they meet."""
 
-    bits: int = Field(4, ge=2, le=8, description="2, 3, 4 or 8")
+    bits: int = Field(4, ge=2, le=8, description="2, 3, 4, 6 or 8")
     group_size: int | None = Field(
         128, ge=1, description="input channels that share a scale; null: one scale per output channel"
     )
     symmetric: bool = Field(False, description="zero point fixed in the middle of the grid")
+    activation_bits: Literal[4, 6, 8] | None = Field(
+        None, description="4, 6 or 8: the linears' inputs are quantized too, with one range a token; null: they are not"
+    )
+    activation_symmetric: bool = Field(
+        True,
+        description="what engines serve; false: the paper's asymmetric ranges, which are evaluated and not published",
+    )
+    quantize_qkv: bool = Field(
+        False, description="q, k and v inside the attention too, as in the paper; evaluated and not published"
+    )
     skip: list[str] = Field(default=["lm_head"], description="linears left alone: names, suffixes or fnmatch patterns")
 
     @field_validator("bits")
     @classmethod
     def _bits(cls, value: int) -> int:
-        if value not in (2, 3, 4, 8):
-            raise ValueError("bits must be 2, 3, 4 or 8")
+        if value not in (2, 3, 4, 6, 8):
+            raise ValueError("bits must be 2, 3, 4, 6 or 8")
         return value
+
+    @model_validator(mode="after")
+    def _activations(self) -> SchemeConfig:
+        if self.activation_bits is None and (self.quantize_qkv or not self.activation_symmetric):
+            key = "quantize_qkv true" if self.quantize_qkv else "activation_symmetric false"
+            raise ValueError(f"{key} means nothing without activation_bits: set that to 4, 6 or 8, or leave it out")
+        return self
 
     @property
     def grid(self) -> Grid:
-        """The grid as the algorithm takes it."""
+        """The weights' grid as the algorithm takes it."""
         return Grid(self.bits, self.group_size, self.symmetric)
+
+    @property
+    def activation_grid(self) -> Grid | None:
+        """The activations' grid: all of a token's channels are one group."""
+        return None if self.activation_bits is None else Grid(self.activation_bits, None, self.activation_symmetric)
+
+    @property
+    def words(self) -> str:
+        """Such as "W3 group 64, asymmetric", or "W4A8 per channel, symmetric, activations symmetric"."""
+        size = f"group {self.group_size}" if self.group_size else "per channel"
+        weights = f"{size}, {'symmetric' if self.symmetric else 'asymmetric'}"
+        if self.activation_bits is None:
+            return f"W{self.bits} {weights}"
+        activations = f"activations {'symmetric' if self.activation_symmetric else 'asymmetric'}"
+        operands = " with q, k and v" if self.quantize_qkv else ""
+        return f"W{self.bits}A{self.activation_bits} {weights}, {activations}{operands}"
 
 
 class MethodConfig(Section):
@@ -93,7 +126,7 @@ class MethodConfig(Section):
     equivalence: list[Literal["norm", "value_output", "query_key", "up_down"]] | Literal["auto"] = Field(
         default=[],
         description="equivalent transformations (LET), folded into norms and weights: norm, value_output, up_down, query_key "
-        "(changes no code), or auto: those of the first three that the family has",
+        "(changes no code, serves quantize_qkv), or auto: those that the family has and the scheme gains by",
     )
     equivalence_start: Literal["identity", "smoothquant"] = Field(
         "smoothquant", description="LET's scales at first: 1, or from the ranges of inputs and weights"
@@ -133,10 +166,11 @@ class MethodConfig(Section):
         """The increment as the algorithm takes it."""
         return Increment(self.increment, self.rank, self.corner, self.band)
 
-    @property
-    def equivalence_kinds(self) -> tuple[str, ...]:
+    def equivalence_kinds(self, scheme: SchemeConfig) -> tuple[str, ...]:
         """Kinds of equivalent transformations as the algorithm takes them, in its order; a block has some of auto's."""
-        return WEIGHT_ONLY if self.equivalence == "auto" else tuple(k for k in KINDS if k in self.equivalence)
+        if self.equivalence == "auto":
+            return KINDS if scheme.quantize_qkv else WEIGHT_ONLY
+        return tuple(k for k in KINDS if k in self.equivalence)
 
 
 class OptimizerConfig(Section):

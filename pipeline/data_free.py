@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lsi.block import round_block, run_block
+from pipeline.activations import quantize_activations
 from pipeline.artifacts import Artifact, Writer, read_tensors
 from pipeline.block_state import WEIGHTS_FILE, BlockResult
 from pipeline.capture import write_chunk
@@ -65,6 +66,7 @@ class StreamTask:
         worker.chunks.prefetch(self.inputs[:1])  # arrives while the weights do
         block = copy.deepcopy(worker.block(self.block))
         BlockResult.unpack(read_tensors(worker.store, self.quantized, WEIGHTS_FILE)).load(block)
+        quantize_activations(block, worker.linears(self.block), worker.config.scheme)
         writer = Writer(worker.store, self.stream)
         with behind(writer) as files:
             for place, chunk in enumerate(self.inputs):

@@ -14,9 +14,9 @@ from pipeline.block_state import steps_per_epoch
 from pipeline.config import RunConfig
 from pipeline.costs import Costs, Device, Shape, placeholder_inputs
 from pipeline.graph import build_graph
-from pipeline.merge import checkpoint_layout, plan_shards, shards_with_blocks
+from pipeline.merge import plan_shards, scheme_layout, shards_with_blocks, unpublished
 from pipeline.model_source import DTYPES, locate, open_model
-from pipeline.prepare import check_equivalence, check_look_ahead, check_scheme
+from pipeline.prepare import check_equivalence, check_look_ahead, check_purpose, check_scheme
 from pipeline.simulate import Network, simulate
 from pipeline.skeleton import Skeleton, make_skeleton
 from pipeline.tensors import layout_bytes
@@ -67,10 +67,11 @@ def estimate(config: RunConfig, workers: int | None = None) -> dict[str, Any]:
     """
     skeleton, dtype = open_skeleton(config)
     check_scheme(config, skeleton)
-    check_equivalence(config.method, skeleton)
+    check_equivalence(config, skeleton)
     check_look_ahead(config.method, skeleton)
-    grid = config.scheme.grid
-    layout = checkpoint_layout(skeleton, grid, config.scheme.skip, dtype)
+    check_purpose(config, skeleton)
+    reason = unpublished(config, skeleton)
+    layout = [] if reason else scheme_layout(skeleton, config.scheme, dtype)
     shards = plan_shards(layout, config.outputs.max_shard_mib << 20)
     shape = shape_of(skeleton, config, dtype)
     blocks, checkpoint = len(skeleton), sum(layout_bytes(sizes) for _, sizes in layout)
@@ -90,6 +91,8 @@ def estimate(config: RunConfig, workers: int | None = None) -> dict[str, Any]:
         keeps_activations=config.storage.keep_activations,
     )
     return {
+        "scheme": config.scheme.words,
+        "unpublished": reason,
         "blocks": blocks,
         "units": units,
         "steps_per_block": steps,
@@ -131,14 +134,16 @@ def cache_lines(found: dict[str, Any]) -> list[str]:
 def estimate_lines(found: dict[str, Any]) -> list[str]:
     """For a person."""
     size = {name: human_bytes(value) for name, value in found["bytes"].items()}
+    without = [f"checkpoint    none is published: {found['unpublished']}"]
     return [
+        f"scheme        {found['scheme']}",
         f"blocks        {found['blocks']}",
         f"units         {', '.join(f'{stage} {count}' for stage, count in found['units'].items())}",
         f"steps         {found['steps']} ({found['steps_per_block']} a block, {found['trained_per_block']} trained numbers in each)",
         f"activations   {size['one_boundary']} a block boundary, {size['all_boundaries']} if all are there at once",
         f"state         {size['one_block_state']} a block in training",
         f"results       {size['block_results']}",
-        f"checkpoint    {size['checkpoint']}",
+        *(without if found["unpublished"] else [f"checkpoint    {size['checkpoint']}"]),
         f"storage       {size['high_water']} at most at one time, on {found['workers']} {'worker' if found['workers'] == 1 else 'workers'}",
         *cache_lines(found),
     ]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lsi.block import load_quantized, round_block, run_block
+from pipeline.activations import quantize_activations
 from pipeline.artifacts import Artifact, Writer, read_tensors
 from pipeline.block_state import WEIGHTS_FILE, BlockResult
 from pipeline.capture import TOKENS_FILE, write_chunk
@@ -98,6 +99,13 @@ class EvaluateTask:
 
     def _variant_of(self, worker: Worker, index: int) -> nn.Module:
         # One block after another: nothing gained by keeping any.
+        if self.variant == "full_precision":
+            return worker.new_block(index)
+        block = self._quantized(worker, index)
+        quantize_activations(block, worker.linears(index), worker.config.scheme)
+        return block
+
+    def _quantized(self, worker: Worker, index: int) -> nn.Module:
         if self.variant == "quantized":
             result = BlockResult.unpack(read_tensors(worker.store, self.quantized[index - self.start], WEIGHTS_FILE))
             # At 70B the linears are 1.7 GB a block, and this unit is the last that everything waits for.
@@ -105,8 +113,7 @@ class EvaluateTask:
             result.load(block)
             return block
         block = worker.new_block(index)
-        if self.variant == "round_to_nearest":
-            load_quantized(
-                block, round_block(block, worker.linears(index), worker.config.scheme.grid, worker.context.dtype)
-            )
+        load_quantized(
+            block, round_block(block, worker.linears(index), worker.config.scheme.grid, worker.context.dtype)
+        )
         return block

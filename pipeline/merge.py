@@ -21,10 +21,10 @@ from lsi.block import linear_names
 from lsi.grid import Grid
 from pipeline.artifacts import Artifact, Record, Writer, put_hashed, read_record, read_tensors
 from pipeline.block_state import WEIGHTS_FILE, BlockResult
-from pipeline.config import RunConfig
-from pipeline.mixture import original_names
+from pipeline.config import RunConfig, SchemeConfig
+from pipeline.mixture import has_mixture, original_names
 from pipeline.model_source import ModelSource
-from pipeline.packed_format import pack_linear, packed_layout, quantization_config
+from pipeline.packed_format import pack_linear, packed_layout, quantization_config, refusal
 from pipeline.skeleton import Skeleton, stored_name, tensor_names
 from pipeline.store import DamagedObjectError, Store
 from pipeline.tensors import Layout, layout_bytes, write_lazily
@@ -46,8 +46,25 @@ def quantized_linears(skeleton: Skeleton, skip: list[str]) -> dict[str, int]:
     }
 
 
-def checkpoint_layout(skeleton: Skeleton, grid: Grid, skip: list[str], dtype: torch.dtype) -> list[tuple[str, Layout]]:
-    """What the checkpoint holds, in the model's order: (name of a parameter, its tensors' names, dtypes and shapes)."""
+def unpublished(config: RunConfig, skeleton: Skeleton) -> str | None:
+    """Why a run publishes no checkpoint and ends with its evaluation; None if it publishes one."""
+    scheme = config.scheme
+    if reason := refusal(scheme.bits, scheme.activation_grid, operands=scheme.quantize_qkv):
+        return reason
+    if scheme.activation_bits and has_mixture(skeleton.model):
+        # It fuses experts, quantized or not, from tensors of the packed form alone, and into tensors that are no linears,
+        # whose inputs the library does not quantize.
+        return "transformers loads no mixture of experts with quantized activations"
+    return None
+
+
+def checkpoint_layout(
+    skeleton: Skeleton, grid: Grid, skip: list[str], dtype: torch.dtype, *, integers: bool = False
+) -> list[tuple[str, Layout]]:
+    """What the checkpoint holds, in the model's order: (name of a parameter, its tensors' names, dtypes and shapes).
+
+    integers: codes in bytes of their own, as where activations are quantized too (`packed_format.pack_linear`).
+    """
     linears, tensors = quantized_linears(skeleton, skip), tensor_names(skeleton.model)
     saved = original_names(list(tensors), skeleton.model)
     layout: list[tuple[str, Layout]] = []
@@ -55,11 +72,18 @@ def checkpoint_layout(skeleton: Skeleton, grid: Grid, skip: list[str], dtype: to
         if name.removesuffix(".weight") in linears:
             out, width = tensor.shape
             owner = saved[name].removesuffix(".weight")
-            sizes: Layout = packed_layout(owner, out, width, grid.bits, grid.group_size, grid.symmetric, dtype)
+            sizes: Layout = packed_layout(
+                owner, out, width, grid.bits, grid.group_size, grid.symmetric, dtype, integers=integers
+            )
         else:
             sizes = {saved[name]: (dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))}
         layout.append((name, sizes))
     return layout
+
+
+def scheme_layout(skeleton: Skeleton, scheme: SchemeConfig, dtype: torch.dtype) -> list[tuple[str, Layout]]:
+    """`checkpoint_layout` of a configured scheme."""
+    return checkpoint_layout(skeleton, scheme.grid, scheme.skip, dtype, integers=scheme.activation_bits is not None)
 
 
 def plan_shards(layout: list[tuple[str, Layout]], limit: int) -> list[list[str]]:
@@ -109,11 +133,7 @@ class MergeTask:
         if earlier is not None and shard_intact(worker.checkpoint, earlier):
             # Done by another while this worker slept. Shards have one place, so writing would tear what is published.
             return {"file": self.file, "size": earlier.meta["size"]}
-        layouts = dict(
-            checkpoint_layout(
-                worker.skeleton, worker.config.scheme.grid, worker.config.scheme.skip, worker.context.dtype
-            )
-        )
+        layouts = dict(scheme_layout(worker.skeleton, worker.config.scheme, worker.context.dtype))
         layout = {key: size for name in self.names for key, size in layouts[name].items()}
         pieces = partial(write_lazily, layout, Packer(worker, self.quantized), {"format": "pt"})
         size, checksum = put_hashed(worker.checkpoint, self.file, pieces)
@@ -162,8 +182,10 @@ class Packer:
         linear = self.names[f"{owner}.weight"].removesuffix(".weight")
         index = self.linears[linear]
         weight = self._result(index).weights[linear.removeprefix(self.worker.skeleton.block_prefix(index) + ".")]
-        zero = None if self.worker.config.scheme.symmetric else weight.zero_point
-        return pack_linear(owner, weight.codes, weight.scale, zero, self.worker.config.scheme.bits)
+        scheme = self.worker.config.scheme
+        zero = None if scheme.symmetric else weight.zero_point
+        integers = scheme.activation_bits is not None
+        return pack_linear(owner, weight.codes, weight.scale, zero, scheme.bits, integers=integers)
 
 
 def shard_intact(checkpoint: Store, record: Record) -> bool:
@@ -199,7 +221,9 @@ def published_config(
     others = [name for name in matrices if name.removesuffix(".weight") not in linears]
     others = sorted(name.removesuffix(".weight") for name in original_names(others, skeleton.model).values())
     scheme = config.scheme
-    raw["quantization_config"] = quantization_config(scheme.bits, scheme.group_size, scheme.symmetric, others)
+    raw["quantization_config"] = quantization_config(
+        scheme.bits, scheme.group_size, scheme.symmetric, others, scheme.activation_bits
+    )
     raw.pop("torch_dtype", None)
     raw["dtype"] = str(dtype).removeprefix("torch.")
     return json.dumps(raw, indent=2, sort_keys=True).encode()

@@ -24,6 +24,7 @@ from torch import Tensor
 from lsi.block import round_block, run_block
 from lsi.equivalence import Equivalence, collect_ranges
 from lsi.objective import Call, Frozen
+from pipeline.activations import quantize_activations
 from pipeline.artifacts import Artifact, Writer, intact, read_record, read_tensors
 from pipeline.block_state import (
     WEIGHTS_FILE,
@@ -245,6 +246,7 @@ class TrainTask:
         """
         block = copy.deepcopy(worker.block(self.block))
         result.load(block)
+        quantize_activations(block, worker.linears(self.block), worker.config.scheme)
         error, count = 0.0, 0
         objective = make_method(worker.context).objective
         with behind(stream) if stream else nullcontext() as files:

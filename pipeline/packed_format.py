@@ -1,4 +1,7 @@
-"""The compressed-tensors `pack-quantized` format: codes and scales to checkpoint tensors, and back.
+"""The compressed-tensors formats: codes and scales to checkpoint tensors, and back.
+
+`pack-quantized` holds weights alone, their bits packed into words. `int-quantized` holds one code a byte, and says that
+inputs are quantized as they come, one symmetric range a token.
 
 The only module that knows how that library lays out a quantized linear. Everything else speaks our convention:
 
@@ -28,25 +31,53 @@ from compressed_tensors.quantization import (
 )
 from torch import Tensor
 
+from lsi.grid import Grid
+
 MIN_BITS: Final = 1
 MAX_BITS: Final = 8
 WORD_BITS: Final = 32
+# Bits of weights and activations for which engines have kernels.
+SERVED: Final = ((8, 8), (4, 8), (4, 4))
 
 # The packer widens every value to int32 twice over, nine bytes a code: 2 GB for a whole 28672 × 8192 linear. Rows of a
 # weight are packed independently, so they go through in pieces of some 40 MB, which is faster too.
 CODES_AT_ONCE: Final = 1 << 22
 
 
-def pack_linear(name: str, codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> dict[str, Tensor]:
+def refusal(bits: int, activations: Grid | None, *, operands: bool) -> str | None:
+    """Why a scheme has no checkpoint that an engine serves; None if it has one. operands: q, k and v are quantized too."""
+    if activations is None:
+        return None
+    if (bits, activations.bits) not in SERVED:
+        served = ", ".join(f"W{w}A{a}" for w, a in SERVED)
+        return f"W{bits}A{activations.bits} is served by no engine (those served: {served})"
+    if not activations.symmetric:
+        return "asymmetric activations are served by no engine (scheme.activation_symmetric true is)"
+    return "quantized q, k and v are served by no engine (scheme.quantize_qkv false is)" if operands else None
+
+
+def format_of(activation_bits: int | None) -> CompressionFormat:
+    """The form in which codes are stored."""
+    return CompressionFormat.pack_quantized if activation_bits is None else CompressionFormat.int_quantized
+
+
+def pack_linear(
+    name: str, codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, *, integers: bool = False
+) -> dict[str, Tensor]:
     """The checkpoint tensors of one quantized linear, as compressed-tensors itself would save them.
 
     codes: uint8 [out, in]; scale: floating [out, groups], kept in its dtype; zero_point: uint8 [out, groups], or None
     for the symmetric grid.
 
-    Returns, under `name`: `.weight_packed` int32 [out, ⌈in·bits/32⌉], `.weight_scale` as given, `.weight_shape` int64
+    integers: the int-quantized form, `.weight` int8 [out, in], `.weight_scale`, and `.weight_zero_point` int8 [out, groups].
+
+    Returns otherwise, under `name`: `.weight_packed` int32 [out, ⌈in·bits/32⌉], `.weight_scale` as given, `.weight_shape` int64
     [2], and for the asymmetric grid `.weight_zero_point` int32 [⌈out·bits/32⌉, groups].
     """
     _check_linear(name, codes, scale, zero_point, bits)
+    if integers:
+        whole = {f"{name}.weight": _to_signed(codes, bits), f"{name}.weight_scale": scale.detach().contiguous()}
+        return whole if zero_point is None else whole | {f"{name}.weight_zero_point": _to_signed(zero_point, bits)}
     rows = _rows_at_once(codes.shape[1])
     tensors = {
         f"{name}.weight_packed": _by_rows(lambda part: pack_to_int32(_to_signed(part, bits), bits), codes, rows),
@@ -91,10 +122,18 @@ def packed_layout(
     group_size: int | None,
     symmetric: bool,
     scale_dtype: torch.dtype,
+    *,
+    integers: bool = False,
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of every tensor that `pack_linear` makes for such a linear, before there is data."""
     _check_bits(bits)
     groups = _group_count(name, in_features, group_size)
+    if integers:
+        whole: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            f"{name}.weight": (torch.int8, (out_features, in_features)),
+            f"{name}.weight_scale": (scale_dtype, (out_features, groups)),
+        }
+        return whole if symmetric else whole | {f"{name}.weight_zero_point": (torch.int8, (out_features, groups))}
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         f"{name}.weight_packed": (torch.int32, (out_features, _words(in_features, bits))),
         f"{name}.weight_scale": (scale_dtype, (out_features, groups)),
@@ -105,16 +144,18 @@ def packed_layout(
     return layout
 
 
-def quantization_config(bits: int, group_size: int | None, symmetric: bool, ignore: Sequence[str]) -> dict[str, Any]:
+def quantization_config(
+    bits: int, group_size: int | None, symmetric: bool, ignore: Sequence[str], activation_bits: int | None = None
+) -> dict[str, Any]:
     """What stands in config.json under "quantization_config": every Linear but those named in `ignore`."""
     config = QuantizationConfig(
-        config_groups={"group_0": _scheme(bits, group_size, symmetric)},
-        format=CompressionFormat.pack_quantized.value,
+        config_groups={"group_0": _scheme(bits, group_size, symmetric, activation_bits)},
+        format=format_of(activation_bits).value,
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=list(ignore),
     )
     document = {"version": compressed_tensors.__version__, **config.model_dump(mode="json")}
-    if not symmetric:
+    if not symmetric and activation_bits is None:
         # Without this, transformers builds the packed modules on the meta device and asks the library's compressor for
         # their shapes. Its meta path (PackedQuantizationCompressor.compress) packs the weight's shape but leaves the
         # zero point as int8 [out, groups], so the stored int32 [⌈out·bits/32⌉, groups] does not fit and from_pretrained
@@ -125,8 +166,8 @@ def quantization_config(bits: int, group_size: int | None, symmetric: bool, igno
     return document
 
 
-def _scheme(bits: int, group_size: int | None, symmetric: bool) -> QuantizationScheme:
-    """The library's description of our weight-only grid; its compressor takes the same object."""
+def _scheme(bits: int, group_size: int | None, symmetric: bool, activation_bits: int | None) -> QuantizationScheme:
+    """The library's description of our grids; its compressor takes the same object."""
     _check_bits(bits)
     if group_size is not None and group_size < 1:
         raise ValueError(f"group_size is {group_size}; it must be positive, or None for one group per channel")
@@ -134,7 +175,19 @@ def _scheme(bits: int, group_size: int | None, symmetric: bool) -> QuantizationS
     weights = QuantizationArgs(
         num_bits=bits, type=QuantizationType.INT, symmetric=symmetric, strategy=strategy, group_size=group_size
     )
-    return QuantizationScheme(targets=["Linear"], weights=weights, format=CompressionFormat.pack_quantized)
+    form = format_of(activation_bits)
+    if activation_bits is None:
+        return QuantizationScheme(targets=["Linear"], weights=weights, format=form)
+    # The library takes one range a token where inputs are [batch, token, channel]. Where a family flattens them before its
+    # linears (OPT's fc1 and fc2), its emulation in transformers takes one for all tokens; engines' kernels do not.
+    activations = QuantizationArgs(
+        num_bits=activation_bits,
+        type=QuantizationType.INT,
+        symmetric=True,
+        strategy=QuantizationStrategy.TOKEN,
+        dynamic=True,
+    )
+    return QuantizationScheme(targets=["Linear"], weights=weights, input_activations=activations, format=form)
 
 
 def _group_count(name: str, in_features: int, group_size: int | None) -> int:

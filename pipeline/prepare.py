@@ -17,6 +17,7 @@ from lsi.block import get_linear, linear_names
 from lsi.experts import OpenedExperts
 from lsi.families import family_of, find_family
 from lsi.pairs import find_pairs
+from pipeline.activations import check_attention
 from pipeline.artifacts import Artifact, CorruptArtifactError, Writer, digest, discard, intact, read_file, read_record
 from pipeline.capture import TOKENS_FILE
 from pipeline.config import MethodConfig, RunConfig, SchemeConfig
@@ -25,7 +26,7 @@ from pipeline.errors import UserError
 from pipeline.gguf_import import import_gguf
 from pipeline.identity import autocast_dtype, check_claim, claim, read_json, run_identity
 from pipeline.lease import Lease
-from pipeline.merge import CHECKPOINT_MANIFEST, CONFIG_FILE
+from pipeline.merge import CHECKPOINT_MANIFEST, CONFIG_FILE, unpublished
 from pipeline.model_source import DTYPES, ModelSource, locate, open_model
 from pipeline.perplexity import take_windows
 from pipeline.reporter import Reporter
@@ -104,6 +105,16 @@ def check_scheme(config: RunConfig, skeleton: Skeleton) -> None:
             f"{type(skeleton.model).__name__}: its blocks hold no linear layers that scheme.skip {config.scheme.skip} does not leave "
             "alone, so there is nothing to quantize; skip fewer, or this architecture is not supported"
         )
+    check_attention(config.scheme, skeleton.model, skeleton.blocks)
+
+
+def check_purpose(config: RunConfig, skeleton: Skeleton) -> None:
+    """Refuse a run that would leave neither a checkpoint nor a perplexity."""
+    if not config.evaluation.texts and (reason := unpublished(config, skeleton)):
+        raise UserError(
+            f"nothing would come of this run: no checkpoint is published because {reason}, and evaluation.texts names no text "
+            "to evaluate on; give one there"
+        )
 
 
 def check_rank(skeleton: Skeleton, index: int, names: list[str], method: MethodConfig) -> None:
@@ -138,15 +149,16 @@ def check_look_ahead(method: MethodConfig, skeleton: Skeleton) -> None:
         )
 
 
-def check_equivalence(method: MethodConfig, skeleton: Skeleton) -> None:
+def check_equivalence(config: RunConfig, skeleton: Skeleton) -> None:
     """Refuse an equivalent transformation that a block cannot take."""
+    method = config.method
     if not method.equivalence:
         return
     try:
         find_family(skeleton.model.config.model_type)
         for block in skeleton.blocks:
             family = family_of(block)
-            find_pairs(block, family, method.equivalence_kinds, shifts=method.shifts)
+            find_pairs(block, family, method.equivalence_kinds(config.scheme), shifts=method.shifts)
             for kind in method.equivalence if method.equivalence != "auto" else ():
                 find_pairs(block, family, [kind], shifts=False)
     except ValueError as error:
@@ -202,8 +214,9 @@ def prepare(config: RunConfig, report: Reporter) -> Prepared:
     skeleton = make_skeleton(source.config, trust_remote_code=config.model.trust_remote_code)
     check_tensors(skeleton, source)
     check_scheme(config, skeleton)
-    check_equivalence(config.method, skeleton)
+    check_equivalence(config, skeleton)
     check_look_ahead(config.method, skeleton)
+    check_purpose(config, skeleton)
     report.message(f"reading calibration text {config.data.source}")
     tokens, texts, values = read_tokens(config, source)
     claim(store, config, autocast)

@@ -6,10 +6,11 @@ import json
 from typing import Any
 
 from pipeline.artifacts import Artifact, Record, read_record
-from pipeline.config import MethodConfig, ScheduleConfig
+from pipeline.config import MethodConfig, RunConfig, ScheduleConfig
 from pipeline.errors import UserError
 from pipeline.identity import run_identity
-from pipeline.merge import CHECKPOINT_MANIFEST, publish, published_config, quantized_linears
+from pipeline.merge import CHECKPOINT_MANIFEST, publish, published_config, quantized_linears, unpublished
+from pipeline.packed_format import format_of
 from pipeline.prepare import Prepared
 from pipeline.run import Finished
 from pipeline.store import Store
@@ -76,13 +77,6 @@ def recipe_of(prepared: Prepared) -> dict[str, Any]:
     return run_identity(prepared.config, prepared.context.autocast)
 
 
-def scheme_words(prepared: Prepared) -> str:
-    """Such as "W3 group 64, asymmetric"."""
-    scheme = prepared.config.scheme
-    size = f"group {scheme.group_size}" if scheme.group_size else "per channel"
-    return f"W{scheme.bits} {size}, {'symmetric' if scheme.symmetric else 'asymmetric'}"
-
-
 def schedule_words(schedule: ScheduleConfig) -> str:
     """What blocks trained on."""
     if schedule.kind == "sequential":
@@ -101,12 +95,13 @@ def equivalence_words(method: MethodConfig) -> str:
     return f"{words} of channels, folded into norms and weights (LET, arXiv 2308.13137)"
 
 
-def trained_words(method: MethodConfig) -> str:
+def trained_words(config: RunConfig) -> str:
     """The parts that were trained, and on which loss."""
+    method = config.method
     parts = [f"clipping {method.clipping}", f"increment {method.increment}"]
     if method.equivalence:
         more = f"{' with shifts' if method.shifts else ''} from {method.equivalence_start}"
-        parts.append(f"equivalence {' '.join(method.equivalence_kinds)}{more}")
+        parts.append(f"equivalence {' '.join(method.equivalence_kinds(config.scheme))}{more}")
     return ", ".join([*parts, f"loss {method.loss}"])
 
 
@@ -152,11 +147,12 @@ def model_card(prepared: Prepared, table: dict[str, dict[str, float]], blocks: l
         "---",
         "tags: [quantized, compressed-tensors, lsi]",
         "---",
-        f"# {config.model.source.rstrip('/').rsplit('/', 1)[-1]}, {scheme_words(prepared)}",
+        f"# {config.model.source.rstrip('/').rsplit('/', 1)[-1]}, {config.scheme.words}",
         "",
         f"Quantized block by block: {METHOD_WORDS[config.method.increment]}{CLIPPING_WORDS[config.method.clipping]}"
         f"{equivalence_words(config.method)}, trained so that",
-        "each block's output stays that of the full-precision block. Stored in compressed-tensors `pack-quantized` form;",
+        "each block's output stays that of the full-precision block. Stored in compressed-tensors "
+        f"`{format_of(config.scheme.activation_bits).value}` form;",
         "`transformers` loads it as it is:",
         "",
         "```python",
@@ -166,8 +162,8 @@ def model_card(prepared: Prepared, table: dict[str, dict[str, float]], blocks: l
         "",
         "| | |",
         "|---|---|",
-        f"| scheme | {scheme_words(prepared)}; left alone: {', '.join(config.scheme.skip) or 'nothing'} |",
-        f"| trained | {trained_words(config.method)} |",
+        f"| scheme | {config.scheme.words}; left alone: {', '.join(config.scheme.skip) or 'nothing'} |",
+        f"| trained | {trained_words(config)} |",
         f"| optimizer | {config.optimizer.epochs} epochs, batches of {config.optimizer.batch_size} |",
         f"| schedule | {schedule_words(config.schedule)} |",
         f"| calibration | {config.data.samples} × {config.data.sequence_length} tokens of {config.data.source}, seed {config.data.seed} |",
@@ -187,8 +183,13 @@ def model_card(prepared: Prepared, table: dict[str, dict[str, float]], blocks: l
 
 
 def publish_checkpoint(finished: Finished) -> None:
-    """Everything but the shards, the configuration last. The same bytes for the same recipe."""
+    """Everything but the shards, the configuration last. The same bytes for the same recipe.
+
+    Nothing where no engine serves the scheme: `write_result` says so.
+    """
     prepared = finished.prepared
+    if unpublished(prepared.config, prepared.skeleton):
+        return
     blocks = block_reports(finished)
     linears = quantized_linears(prepared.skeleton, prepared.config.scheme.skip)
     shards = records(prepared.store, artifacts_of(finished, "shard"))
@@ -214,10 +215,12 @@ def write_result(finished: Finished) -> dict[str, Any]:
     """`result.json` and `manifest.json` in the run directory. Returns the result."""
     prepared = finished.prepared
     blocks = block_reports(finished)
+    reason = unpublished(prepared.config, prepared.skeleton)
     result = {
         "perplexity": perplexities(finished),
-        "checkpoint": prepared.checkpoint.url,
-        "scheme": scheme_words(prepared),
+        "checkpoint": None if reason else prepared.checkpoint.url,
+        "unpublished": reason,
+        "scheme": prepared.config.scheme.words,
         "untrained_experts": {
             str(block["block"]): block["untrained_experts"] for block in blocks if block.get("untrained_experts")
         },

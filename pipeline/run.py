@@ -29,7 +29,7 @@ from pipeline.estimate import human_bytes
 from pipeline.graph import KINDS, TRAIN, Graph, Inputs, build_graph
 from pipeline.identity import check_claim, package_version
 from pipeline.lease import hold
-from pipeline.merge import checkpoint_layout, plan_shards, shards_with_blocks, withdraw
+from pipeline.merge import plan_shards, scheme_layout, shards_with_blocks, unpublished, withdraw
 from pipeline.prepare import Prepared
 from pipeline.quarantine import follow_decisions, forget, give_up
 from pipeline.reporter import Reporter, Together
@@ -99,10 +99,11 @@ Workers = Callable[[RunConfig, Context, Reporter], Any]
 
 
 def shard_plan(prepared: Prepared) -> list[tuple[str, tuple[str, ...], tuple[int, ...]]]:
-    """The checkpoint's files: name, parameters, blocks whose results they hold."""
+    """The checkpoint's files: name, parameters, blocks whose results they hold. None where none is published."""
     config = prepared.config
-    grid = config.scheme.grid
-    layout = checkpoint_layout(prepared.skeleton, grid, config.scheme.skip, prepared.context.dtype)
+    if unpublished(config, prepared.skeleton):
+        return []
+    layout = scheme_layout(prepared.skeleton, config.scheme, prepared.context.dtype)
     shards = plan_shards(layout, config.outputs.max_shard_mib << 20)
     return shards_with_blocks(shards, prepared.skeleton)
 

@@ -7,9 +7,10 @@ import time
 from typing import Any
 
 from pipeline.artifacts import Artifact, CorruptArtifactError, committed, read_record
+from pipeline.config import SchemeConfig
 from pipeline.errors import UserError
 from pipeline.graph import KINDS, Graph, Node
-from pipeline.identity import RUN_FILE
+from pipeline.identity import RUN_FILE, read_json
 from pipeline.lease_view import LeaseWatch
 from pipeline.progress import stage_of
 from pipeline.run import PLAN_FILE
@@ -57,6 +58,7 @@ def read_status(store: Store, watch: LeaseWatch | None = None) -> dict[str, Any]
     done = graph is not None and not left and store.exists("result.json")
     return {
         "run": store.url,
+        "scheme": scheme_words(store),
         "state": "finished" if done else "unfinished" if graph else "weights not inspected yet",
         "driver": driver_status(progress, (watch or LeaseWatch(store)).look()),
         "stages": {stage: count | _pace(progress, stage, count["left"]) for stage, count in counts.items()},
@@ -68,6 +70,12 @@ def read_status(store: Store, watch: LeaseWatch | None = None) -> dict[str, Any]
         "quarantined": quarantined(store, listed),
         "stored_bytes": sum(listed.values()),
     }
+
+
+def scheme_words(store: Store) -> str | None:
+    """Such as "W3 group 64, asymmetric"; None where the driver died while it wrote its configuration down."""
+    recorded = read_json(store, RUN_FILE)
+    return SchemeConfig(**recorded["config"]["scheme"]).words if recorded else None
 
 
 def _planned(graph: Graph, listed: dict[str, int]) -> dict[str, dict[str, int]]:

@@ -33,7 +33,8 @@ def headline(found: dict[str, Any]) -> str:
     """The run and how it stands."""
     flagged = found["flagged_blocks"]
     odd = f", {len(flagged)} block{'s' * (len(flagged) > 1)} flagged" if flagged else ""
-    return f"{found['run']}: {found['state']}{odd}"
+    scheme = f"{found['scheme']}; " if found["scheme"] else ""
+    return f"{found['run']}: {scheme}{found['state']}{odd}"
 
 
 def driver_line(found: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from lsi.grid import Grid, clip_to_weights
 from pipeline.artifacts import read_tensors
 from pipeline.block_state import WEIGHTS_FILE, BlockResult
-from pipeline.config import RunConfig, parse_config
+from pipeline.config import RunConfig, SchemeConfig, parse_config
 from pipeline.costs import placeholder_inputs
 from pipeline.driver import StoppedError
 from pipeline.errors import UserError
@@ -286,4 +286,7 @@ def test_shifts_alone_and_unknown_kinds_are_refused() -> None:
     with pytest.raises(UserError, match=r"method\.equivalence.*'rotation'.*'norm', 'value_output'"):
         parse_config(tree | {"method": {"equivalence": ["rotation"]}})
     only = {"increment": "none", "clipping": "none", "equivalence": "auto"}
-    assert parse_config(tree | {"method": only}).method.equivalence_kinds == ("norm", "value_output", "up_down")
+    method = parse_config(tree | {"method": only}).method
+    assert method.equivalence_kinds(SchemeConfig()) == ("norm", "value_output", "up_down")
+    attention = SchemeConfig(activation_bits=4, quantize_qkv=True)
+    assert method.equivalence_kinds(attention) == ("norm", "value_output", "query_key", "up_down")

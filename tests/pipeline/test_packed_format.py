@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.compressors import PackedQuantizationCompressor, compress_module
+from compressed_tensors.compressors import IntQuantizationCompressor, PackedQuantizationCompressor, compress_module
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
@@ -22,10 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from lsi.grid import Grid
 from pipeline import packed_format
 from pipeline.packed_format import pack_linear, packed_layout, quantization_config, unpack_linear
 
-BITS = [2, 3, 4, 8]
+BITS = [2, 3, 4, 6, 8]
 GRIDS = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 CHECKPOINT_DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 # (out, in, group size). Groups of 32 always end on a word; the odd ones and the odd channel counts do not.
@@ -79,6 +80,9 @@ def pack(name: str, linear: Quantized) -> dict[str, Tensor]:
 def library_args(bits: int, group_size: int | None, symmetric: bool, **more: Any) -> QuantizationArgs:
     strategy = "channel" if group_size is None else "group"
     return QuantizationArgs(num_bits=bits, symmetric=symmetric, strategy=strategy, group_size=group_size, **more)
+
+
+TOKENS = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="token", dynamic=True)
 
 
 def assert_same(left: Tensor | None, right: Tensor | None) -> None:
@@ -148,6 +152,30 @@ def test_equals_the_library_compressor(
         assert_same(ours[key], theirs[key])
 
 
+@CHECKPOINT_DTYPES
+@GRIDS
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_integers_equal_the_library_compressor(
+    shape: tuple[int, int, int | None], bits: int, symmetric: bool, dtype: torch.dtype
+) -> None:
+    """A code a byte, where activations are quantized too; and the layout, before there is data."""
+    out, inputs, group_size = shape
+    linear = random_linear(out, inputs, bits, group_size, symmetric, dtype)
+    ours = pack_linear("x", linear.codes, linear.scale, linear.zero_point, bits, integers=True)
+    state = {"weight": linear.weight(torch.float32), "weight_scale": linear.scale.float()}
+    state["weight_zero_point"] = (linear.zero - (1 << (bits - 1))).to(torch.int8)
+    args = library_args(bits, group_size, symmetric)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args, input_activations=TOKENS, format="int-quantized")
+    theirs = IntQuantizationCompressor.compress(state, scheme)
+    assert set(ours) == {f"x.{key}" for key in theirs}
+    assert_same(ours["x.weight"], theirs["weight"])
+    if not symmetric:
+        assert_same(ours["x.weight_zero_point"], theirs["weight_zero_point"])
+    layout = packed_layout("x", out, inputs, bits, group_size, symmetric, dtype, integers=True)
+    assert layout == {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in ours.items()}
+
+
 def test_library_cannot_unpack_up_to_eight_outputs_at_four_bits_asymmetric() -> None:
     """Ours can. The day the library can too, the copy in `unpack_linear` and its comment can go."""
     for out, fails in [(8, True), (9, False)]:
@@ -199,6 +227,28 @@ def test_config_is_json_that_the_library_reads_back(group_size: int | None, symm
     assert isinstance(scheme, QuantizationScheme)
     assert scheme.targets == ["Linear"]
     assert scheme.weights == library_args(3, group_size, symmetric)
+
+
+@GRIDS
+@pytest.mark.parametrize("group_size", [32, None])
+def test_config_with_activations(group_size: int | None, symmetric: bool) -> None:
+    document = json.loads(json.dumps(quantization_config(4, group_size, symmetric, ("lm_head",), 8)))
+    assert document["format"] == "int-quantized"
+    # Dequantized into plain linears, it would run with activations as they are.
+    assert "dequantize" not in document
+    (scheme,) = QuantizationConfig.model_validate(document).config_groups.values()
+    assert isinstance(scheme, QuantizationScheme)
+    assert scheme.weights == library_args(4, group_size, symmetric)
+    assert scheme.input_activations == TOKENS
+
+
+def test_what_no_engine_serves() -> None:
+    symmetric, asymmetric = Grid(8, None, symmetric=True), Grid(8, None, symmetric=False)
+    assert all(packed_format.refusal(bits, None, operands=False) is None for bits in BITS)
+    assert all(packed_format.refusal(w, Grid(a, None, True), operands=False) is None for w, a in packed_format.SERVED)
+    assert "W6A8" in (packed_format.refusal(6, symmetric, operands=False) or "")
+    assert "asymmetric" in (packed_format.refusal(8, asymmetric, operands=False) or "")
+    assert "q, k and v" in (packed_format.refusal(8, symmetric, operands=True) or "")
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------

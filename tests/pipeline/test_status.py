@@ -76,7 +76,7 @@ def test_a_finished_run(finished: Finished) -> None:
     assert (len(found["blocks"]), found["blocks_total"]) == (2, 2)
     assert found["flagged_blocks"] == found["quarantined"] == found["workers"] == found["failures"] == []
     lines = status_lines(found)
-    assert lines[0] == f"{finished.prepared.store.url}: finished"
+    assert lines[0] == f"{finished.prepared.store.url}: W3 group 32, asymmetric; finished"
     assert any(line.split() == ["optimize", "4", "of", "4"] for line in lines)
 
 
