@@ -17,16 +17,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lsi.block import linear_names, run_block
+from lsi.block import linear_names, load_quantized, round_block, run_block
 from lsi.equivalence import collect_ranges
-from lsi.grid import Grid
 from lsi.increment import DEFAULT_LEARNING_RATE, KINDS, Increment
 from lsi.linear import Parts
 from lsi.objective import Call, Frozen, freeze, token_losses
 from lsi.pairs import KINDS as EQUIVALENCES
 from lsi.reconstruct import Method, Reconstruction
+from pipeline.activations import quantize_activations
 from pipeline.block_state import EQUIVALENCE_LEARNING_RATE, result_of
-from pipeline.config import DataConfig, ScheduleConfig
+from pipeline.config import DataConfig, ScheduleConfig, SchemeConfig
 from pipeline.data import calibration_tokens, evaluation_tokens
 from pipeline.gguf_import import import_gguf
 from pipeline.graph import input_epoch
@@ -51,6 +51,14 @@ class Trial:
         self.surroundings = load_surroundings(self.skeleton, source, torch.bfloat16)
         self.arguments = self.surroundings.arguments(LENGTH)
         self.tokenizer = source.tokenizer()
+        self.scheme = SchemeConfig(
+            bits=options.bits,
+            group_size=options.group_size or None,
+            symmetric=options.symmetric,
+            activation_bits=options.activation_bits,
+            activation_symmetric=not options.asymmetric_activations,
+            quantize_qkv=options.quantize_qkv,
+        )
         self.schedule = ScheduleConfig(kind=options.schedule, refresh_every=options.refresh_every, lead=options.lead)
         text = DataConfig(
             source=str(ASSETS / "wikipedia-calibration.txt"), samples=options.samples, sequence_length=LENGTH
@@ -73,13 +81,15 @@ class Trial:
     def apply(self, block: nn.Module, index: int, chunks: list[Tensor]) -> list[Tensor]:
         return [run_block(block, chunk, self.arguments[index]) for chunk in chunks]
 
+    def names(self, index: int) -> list[str]:
+        return linear_names(self.skeleton.blocks[index], self.skeleton.block_prefix(index), [])
+
     def begin(self, index: int) -> Reconstruction:
         options = self.options
-        names = linear_names(self.skeleton.blocks[index], self.skeleton.block_prefix(index), [])
         epoch = -(-CHUNK // options.batch) * len(self.boundaries[0])
         total, joined = options.epochs * epoch, (options.epochs - options.warm_epochs) * epoch
         method = Method(
-            grid=Grid(options.bits, options.group_size, options.symmetric),
+            grid=self.scheme.grid,
             parts=Parts(
                 options.clipping,
                 Increment(options.increment, options.rank, options.corner, options.band),
@@ -101,7 +111,10 @@ class Trial:
             quantized_stream=options.quantized_stream_loss,
             warm_steps=options.warm_epochs * epoch,
         )
-        return Reconstruction(self.block(index), names, method)
+        block = self.block(index)
+        training = Reconstruction(block, self.names(index), method)
+        quantize_activations(block, self.names(index), self.scheme)
+        return training
 
     def freeze(self, index: int) -> Frozen:
         """The full-precision blocks that the loss of a block runs."""
@@ -138,6 +151,7 @@ class Trial:
                 training.step(inputs[chunk][batch], targets[chunk][batch], self.arguments[index], frozen)
         block = self.block(index)
         result_of(training, torch.bfloat16).load(block)
+        quantize_activations(block, self.names(index), self.scheme)
         self.streams[index, epoch] = outputs = self.apply(block, index, inputs)
         if epoch == self.options.epochs - 1:
             # At the block's own end, whatever it was trained on: so settings can be compared.
@@ -151,6 +165,10 @@ class Trial:
     def run(self) -> None:
         """All units in an order that every schedule's dependencies allow."""
         epochs, blocks = range(self.options.epochs), range(self.options.blocks)
+        for index in blocks if not epochs else ():
+            self.finished[index] = block = self.block(index)
+            load_quantized(block, round_block(block, self.names(index), self.scheme.grid, torch.bfloat16))
+            quantize_activations(block, self.names(index), self.scheme)
         if self.options.schedule == "parallel":
             for epoch in epochs:
                 for index in blocks:
@@ -166,22 +184,27 @@ class Trial:
     @torch.no_grad()
     def perplexity(self, file: str) -> float:
         tokens = evaluation_tokens(self.tokenizer, str(ASSETS / file), 1 << 30)
-        windows = tokens[WINDOWS * LENGTH : 2 * WINDOWS * LENGTH].view(WINDOWS, 1, LENGTH).long()
+        windows = (
+            tokens[WINDOWS * LENGTH : 2 * WINDOWS * LENGTH].view(WINDOWS, 1, LENGTH).long()[: self.options.windows]
+        )
         hidden = [self.surroundings.embed(window) for window in windows]
         for index in range(len(self.skeleton)):
             hidden = self.apply(self.finished.get(index) or self.block(index), index, hidden)
         total = sum(
             negative_log_likelihood(self.surroundings.logits(w, h), w) for w, h in zip(windows, hidden, strict=True)
         )
-        return perplexity(total, WINDOWS, LENGTH)
+        return perplexity(total, len(windows), LENGTH)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=8, help="how many to quantize; 0: full precision")
     parser.add_argument("--bits", type=int, default=3)
-    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--group-size", type=int, default=64, help="0: one scale per output channel")
     parser.add_argument("--symmetric", action="store_true")
+    parser.add_argument("--activation-bits", type=int, help="quantize activations too")
+    parser.add_argument("--asymmetric-activations", action="store_true")
+    parser.add_argument("--quantize-qkv", action="store_true")
     parser.add_argument("--increment", choices=sorted(KINDS), default="dense")
     parser.add_argument("--rank", type=int)
     parser.add_argument("--corner", type=int, default=100)
@@ -203,10 +226,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--schedule", choices=["sequential", "parallel", "wave"], default="sequential")
     parser.add_argument("--refresh-every", type=int, default=1)
     parser.add_argument("--lead", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=3, help="0: round-to-nearest")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="of the third split, from its start")
     return parser.parse_args()
 
 
