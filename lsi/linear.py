@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lsi.grid import Grid, QuantizedWeight, fake_quantize, grid_parameters, group_range, quantize
+from lsi.grid import Grid, QuantizedWeight, fake_quantize, grid_parameters, group_range, quantize, range_of
 from lsi.increment import Increment, make_increment
 
 Clipping = Literal["none", "learned", "direct"]
@@ -94,27 +94,37 @@ class QuantizedLinear(nn.Module):
     """y = x · W_hatᵀ + b with W_hat from the increment, the clipping, the rounding and the grid.
 
     The weight is kept in float32. Parameters of these parts are trained; weight and bias are not.
+
+    `start`: the weight is quantized already. Training begins at its codes, and the range is its grid's, whatever W' does.
     """
 
     weight: Float[Tensor, "out in"]
     bias: Float[Tensor, " out"] | None
 
-    def __init__(self, linear: nn.Linear, grid: Grid, parts: Parts) -> None:
+    def __init__(self, linear: nn.Linear, grid: Grid, parts: Parts, start: QuantizedWeight | None = None) -> None:
         super().__init__()
         self.grid = grid
-        self.scale_dtype = parts.scale_dtype
-        weight = linear.weight.detach().float()
+        self.start = start
+        self.scale_dtype = start.scale.dtype if start else parts.scale_dtype
+        weight = start.dequantize() if start else linear.weight.detach().float()
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float(), persistent=False)
         self.groups = grid.groups(weight.shape[1])
         bounds = CLIPPINGS.get(parts.clipping)
         self.clipping = bounds(weight.shape[0], self.groups, weight.device) if bounds else None
-        low, high = group_range(self._grouped(weight))
-        self.increment = make_increment(parts.increment, weight, grid_parameters(low, high, grid, parts.scale_dtype)[0])
+        step = grid_parameters(*self._range(weight), grid, self.scale_dtype)[0]
+        self.increment = make_increment(parts.increment, weight, step)
         self.rounding = LearnedRounding(weight) if parts.rounding else None
 
     def _grouped(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out groups size"]:
         return weight.view(weight.shape[0], self.groups, -1)
+
+    def _range(
+        self, weight: Float[Tensor, "out in"]
+    ) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
+        if self.start is None:
+            return group_range(self._grouped(weight))
+        return range_of(self.start.scale.float(), self.start.zero_point.float(), self.grid)
 
     def transformed(self) -> tuple[Float[Tensor, "out in"], Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
         """W', its scale and its zero point, differentiable. Always in float32: the codes must not depend on autocast."""
@@ -126,7 +136,7 @@ class QuantizedLinear(nn.Module):
             followed = weight.detach()
             if self.weight.requires_grad:
                 followed = followed + (self.weight - self.weight.detach())
-            low, high = group_range(self._grouped(followed))
+            low, high = self._range(followed)
             if self.clipping is not None:
                 low, high = self.clipping(low, high)
             scale, zero = grid_parameters(low, high, self.grid, self.scale_dtype)

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lsi.block import Hidden, replace_linears, run_block, trainable
 from lsi.equivalence import Equivalence
@@ -26,7 +27,7 @@ from lsi.steps import DECAY, Steps, make_optimizer
 
 Result = TypeVar("Result")
 Status = Literal["ok", "non_finite"]
-LossKind = Literal["mse", "relative"]
+LossKind = Literal["mse", "relative", "next_token"]
 # A token of zeros has no relative error; this keeps its quotient finite.
 SMALLEST_SQUARE = 1e-12
 
@@ -66,7 +67,13 @@ def token_losses(
     `first_token`: what the first token's error counts beside the mean of all. It is the attention sink (arXiv 2309.17453):
     every later token attends to it, some block makes its activations massive, and where an error keeps that from happening
     all tokens suffer in all blocks after. One among hundreds, it would hardly be seen in the mean.
+
+    next_token: the outputs are logits (batch × sequence × vocabulary) and the targets the tokens themselves; the loss is the
+    cross entropy of each token after the first, not weighted.
     """
+    if kind == "next_token":
+        logits, tokens = output[:, :-1].flatten(0, 1).float(), target[:, 1:].flatten().long()
+        return functional.cross_entropy(logits, tokens, reduction="none").view(len(output), -1)
     error = (output.float() - target.float()).square().mean(-1)
     if kind == "relative":
         error = error / target.float().square().mean(-1).clamp(min=SMALLEST_SQUARE)
@@ -81,9 +88,15 @@ def part_of(parameter: str) -> str:
 
 
 class Reconstruction:
-    """The trained state of one block."""
+    """The trained state of one block. `starts`: what its linears are quantized to already, where training begins there."""
 
-    def __init__(self, block: nn.Module, names: list[str], method: Method) -> None:
+    def __init__(
+        self,
+        block: nn.Module,
+        names: list[str],
+        method: Method,
+        starts: Mapping[str, QuantizedWeight] | None = None,
+    ) -> None:
         self.method = method
         self.block = block.float()
         self.equivalence = None
@@ -91,7 +104,7 @@ class Reconstruction:
             self.equivalence = Equivalence(
                 self.block, method.equivalence, shifts=method.shifts, dtype=method.parts.scale_dtype
             )
-        self.linears = replace_linears(self.block, names, method.grid, method.parts)
+        self.linears = replace_linears(self.block, names, method.grid, method.parts, starts)
         self.experts = {name: expert for name in sorted(names) if (expert := expert_of(self.block, name))}
         self.tokens = dict.fromkeys(self.experts, 0)
         for name in self.experts:

@@ -52,12 +52,13 @@ def make_method(context: Context) -> Method:
         rates=learning_rates(config),
         total_steps=config.optimizer.epochs * steps_per_epoch(config),
         steps=config.optimizer.steps,
-        loss=config.method.loss,
+        loss=config.method.loss if config.finetune.blocks is None else "next_token",
         first_token=config.method.first_token,
         autocast=context.autocast,
         equivalence=config.method.equivalence_kinds,
         shifts=config.method.shifts,
-        fewest_tokens=config.method.expert_tokens * config.optimizer.epochs,
+        # What a fine-tune began with was made with data, and is kept rather than clipped without.
+        fewest_tokens=config.method.expert_tokens * config.optimizer.epochs if config.finetune.blocks is None else 0,
     )
 
 
@@ -101,7 +102,8 @@ def result_of(reconstruction: Reconstruction, dtype: torch.dtype) -> BlockResult
 
 @dataclass
 class Trained:
-    """A block in training, and the result it began with: round-to-nearest, from which nothing is folded yet."""
+    """A block in training, and the result it began with: round-to-nearest, from which nothing is folded yet, or in a
+    fine-tune the checkpoint's own."""
 
     reconstruction: Reconstruction
     initial: BlockResult
@@ -139,9 +141,10 @@ class Best:
 
 def begin(worker: Worker, block: int) -> Trained:
     """A block at the start of its training."""
-    own: nn.Module = copy.deepcopy(worker.block(block))
-    reconstruction = Reconstruction(own, worker.linears(block), make_method(worker.context))
-    return Trained(reconstruction, BlockResult(reconstruction.quantized()))
+    trainee = worker.trainee(block)
+    own: nn.Module = copy.deepcopy(trainee.module)
+    reconstruction = Reconstruction(own, trainee.linears, make_method(worker.context), trainee.starts)
+    return Trained(reconstruction, BlockResult(trainee.starts or reconstruction.quantized()))
 
 
 def pack_state(trained: Trained, best: Best | None) -> dict[str, Tensor]:

@@ -207,6 +207,20 @@ class ComputeConfig(Section):
     threads: int = Field(1, ge=1, description="CPU threads of each actor")
 
 
+# As the paper's fine-tuning use has it.
+FINETUNE_BLOCKS = 2
+
+
+class FinetuneConfig(Section):
+    """For `lsi finetune` alone: a packed checkpoint is trained on, on the text of `data`."""
+
+    blocks: int | None = Field(
+        None,
+        ge=1,
+        description="how many of the last blocks are trained; the others stay byte for byte (default there: 2)",
+    )
+
+
 class StorageConfig(Section):
     """Where activations, block artifacts and commit records live."""
 
@@ -256,6 +270,7 @@ class RunConfig(Section):
     cluster: ClusterConfig = ClusterConfig()
     storage: StorageConfig
     outputs: OutputConfig = OutputConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
@@ -291,6 +306,8 @@ class RunConfig(Section):
         """All that decides the weights' bytes; where it runs, where it is stored and what it is measured on are left out."""
         whole = self.model_dump(mode="json")
         del whole["cluster"], whole["outputs"], whole["evaluation"]
+        if self.finetune.blocks is None:
+            del whole["finetune"]
         whole["storage"] = {"chunk_samples": self.storage.chunk_samples}
         return whole
 
@@ -371,6 +388,24 @@ def parse_config(tree: object, where: str = "config") -> RunConfig:
 
 def load_config(path: str, overrides: list[str]) -> RunConfig:
     """Read a YAML file and apply `section.key=value` overrides."""
+    return parse_config(read_tree(path, overrides), path)
+
+
+def load_finetune(checkpoint: str, path: str, overrides: list[str]) -> RunConfig:
+    """The same for a fine-tune of a checkpoint, which is its model. Raises UserError if the file names another one."""
+    tree = read_tree(path, overrides)
+    if isinstance(tree, dict) and isinstance(model := tree.setdefault("model", {}), dict):
+        if model.setdefault("source", checkpoint) != checkpoint:
+            raise UserError(
+                f"{path}: model.source is {model['source']}, but a fine-tune's model is its checkpoint, {checkpoint}: leave it out"
+            )
+        if isinstance(section := tree.setdefault("finetune", {}), dict):
+            section.setdefault("blocks", FINETUNE_BLOCKS)
+    return parse_config(tree, path)
+
+
+def read_tree(path: str, overrides: list[str]) -> object:
+    """What a YAML file holds, with overrides. Raises UserError if it cannot be read."""
     file = Path(path)
     if not file.is_file():
         raise UserError(f"{path}: no such config file; see configs/ for examples")
@@ -379,7 +414,7 @@ def load_config(path: str, overrides: list[str]) -> RunConfig:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {error}") from error
     tree = {} if tree is None else tree
-    return parse_config(apply_overrides(tree, overrides) if isinstance(tree, dict) else tree, path)
+    return apply_overrides(tree, overrides) if isinstance(tree, dict) else tree
 
 
 def differing_keys(ours: object, theirs: object, prefix: str = "") -> list[str]:

@@ -37,14 +37,15 @@ def _likelihood(surroundings: Surroundings, batches: list[Tensor], hidden: list[
     return sum(negative_log_likelihood(surroundings.logits(batch, states), batch) for batch, states in pairs)
 
 
-Variant = Literal["full_precision", "round_to_nearest", "quantized"]
+# checkpoint and tuned: of a fine-tune, before and after.
+Variant = Literal["full_precision", "round_to_nearest", "quantized", "checkpoint", "tuned"]
 
 
 @dataclass(frozen=True)
 class EvaluateTask:
     """Perplexity of one variant on one text, or a part of the way there: blocks `start` … `stop` − 1.
 
-    `quantized` holds the results of these blocks, or nothing for the baselines. `before` has the hidden states that enter
+    `quantized` holds the results of these blocks, or nothing where they are as the source has them or rounded. `before` has the hidden states that enter
     block `start`, a file for each window; None: begin with the tokens. The last part commits the perplexity to `out`, the
     others the hidden states that leave their blocks.
     """
@@ -98,7 +99,7 @@ class EvaluateTask:
 
     def _variant_of(self, worker: Worker, index: int) -> nn.Module:
         # One block after another: nothing gained by keeping any.
-        if self.variant == "quantized":
+        if self.quantized:
             result = BlockResult.unpack(read_tensors(worker.store, self.quantized[index - self.start], WEIGHTS_FILE))
             # At 70B the linears are 1.7 GB a block, and this unit is the last that everything waits for.
             block = worker.new_block(index, without=result.weights.keys())
