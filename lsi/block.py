@@ -49,8 +49,10 @@ def replace_linears(
     return replaced
 
 
-def run_block(block: nn.Module, hidden: Hidden, arguments: Mapping[str, Any]) -> Hidden:
-    """The block's hidden states; some families return a tuple with them first."""
+def run_block(
+    block: nn.Module, hidden: Hidden, arguments: Mapping[str, Any]
+) -> Float[Tensor, "batch sequence channels"]:
+    """The block's hidden states, or logits where the head is in it; some families return a tuple with them first."""
     output = block(hidden, **arguments)
     return output[0] if isinstance(output, tuple) else output
 

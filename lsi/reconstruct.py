@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,6 +28,7 @@ from lsi.steps import DECAY, Steps, make_optimizer
 Result = TypeVar("Result")
 Status = Literal["ok", "non_finite"]
 LossKind = Literal["mse", "relative", "next_token"]
+Tokens = Int[Tensor, "batch sequence"]
 # A token of zeros has no relative error; this keeps its quotient finite.
 SMALLEST_SQUARE = 1e-12
 
@@ -56,8 +57,8 @@ class Method:
 
 
 def token_losses(
-    output: Hidden, target: Hidden, kind: LossKind, first_token: float = 0.0
-) -> Float[Tensor, "batch sequence"]:
+    output: Hidden, target: Hidden | Tokens, kind: LossKind, first_token: float = 0.0
+) -> Float[Tensor, "batch losses"]:
     """The error of each token's hidden states, in float32, weighted.
 
     mse: mean squared error over the channels (LSI, OmniQuant). relative: that divided by the target's mean square. The
@@ -148,7 +149,7 @@ class Reconstruction:
         """What `function` returns on the block as the equivalent transformation leaves it."""
         return function() if self.equivalence is None else self.equivalence.within(self.block, function)
 
-    def step(self, inputs: Hidden, targets: Hidden, arguments: Mapping[str, Any]) -> float:
+    def step(self, inputs: Hidden, targets: Hidden | Tokens, arguments: Mapping[str, Any]) -> float:
         """One update. Returns the loss before it.
 
         A loss or a gradient that is not finite leaves the parameters alone and sets the status; later steps return NaN.

@@ -1,7 +1,6 @@
 """Fine-tunes of packed checkpoints, whole runs in one process: what changes, what does not, and what is refused."""
 
 import json
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -97,3 +96,210 @@ def test_only_codes_and_scales_of_the_last_blocks_change_and_the_text_improves(
     card = (tmp_path / "run/checkpoint/README.md").read_text()
     assert "Fine-tuned" in card
     assert manifest["tuned_from"]["digest"][:16] in card
+
+
+def gptq_checkpoint(model: Path, folder: Path, *, symmetric: bool) -> Path:
+    """A checkpoint as llm-compressor writes GPTQ's: packed by the library, the codes not those of the nearest grid points."""
+    from compressed_tensors.compressors import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    arguments = {"num_bits": 4, "group_size": 32, "strategy": "group", "symmetric": symmetric, "type": "int"}
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**arguments))
+    shutil.copytree(model, folder)
+    generator = torch.Generator().manual_seed(1)
+    for file in folder.glob("*.safetensors"):
+        written = {}
+        for name, weight in load_file(file).items():
+            if not name.startswith("model.layers.") or weight.ndim != 2:
+                written[name] = weight
+                continue
+            groups = weight.float().unflatten(1, (-1, 32))
+            scale = (groups.abs().amax(-1) / 7.5).bfloat16()
+            codes = (groups / scale.float().unsqueeze(-1)).round() + torch.randint(
+                -1, 2, groups.shape, generator=generator
+            )
+            zero = torch.randint(-2, 3, scale.shape, generator=generator).to(torch.int8) * (not symmetric)
+            exact = (codes.clamp(-8, 7) - zero.unsqueeze(-1)) * scale.float().unsqueeze(-1)
+            state = {"weight": exact.flatten(1).bfloat16(), "weight_scale": scale, "weight_zero_point": zero}
+            packed = PackedQuantizationCompressor.compress(state, scheme)
+            written |= {f"{name.removesuffix('.weight')}.{part}": t.contiguous() for part, t in packed.items()}
+        save_file(written, file, {"format": "pt"})
+    index = {n: file.name for file in folder.glob("*.safetensors") for n in load_file(file)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    nothing = {"input_activations": None, "output_activations": None}
+    group = {"targets": ["Linear"], "weights": arguments | {"actorder": "static", "dynamic": False}, **nothing}
+    return with_quantization(
+        folder,
+        quant_method="compressed-tensors",
+        config_groups={"group_0": group},
+        format="pack-quantized",
+        ignore=["lm_head"],
+        kv_cache_scheme=None,
+        quantization_status="compressed",
+    )
+
+
+def with_quantization(folder: Path, **changes: Any) -> Path:
+    """The folder with keys of its quantization_config set."""
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = config.get("quantization_config", {}) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_a_checkpoint_that_the_library_packed(model: Path, short_text: Path, tmp_path: Path, symmetric: bool) -> None:
+    before = gptq_checkpoint(model, tmp_path / "gptq", symmetric=symmetric)
+    finished, result = run(tune_config(before, short_text, tmp_path / "run"))
+    # transformers loads asymmetric ones only with this key, which llm-compressor does not write.
+    check_tuned(with_quantization(before, dequantize=True), finished, result, short_text)
+
+
+def test_packed_linears_are_read_as_the_library_unpacks_them(model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = gptq_checkpoint(model, tmp_path / "gptq", symmetric=False)
+    source = open_packed(open_store(str(folder)))
+    loaded = AutoModelForCausalLM.from_pretrained(with_quantization(folder, dequantize=True)).state_dict()
+    names = [name for name in source.index if source.is_packed(name)]
+    assert len(names) == 3 * 7
+    for name in source.index:
+        assert torch.equal(source.read(name), loaded[name].to(source.read(name).dtype)), name
+
+
+@pytest.mark.parametrize("commits", [1, 2, 4])
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    rounded: Callable[..., Path], short_text: Path, tmp_path: Path, commits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process dies after so many commits of its training, the last of them in mid-epoch."""
+    from pipeline import partial
+
+    def config(name: str) -> RunConfig:
+        return tune_config(rounded("asymmetric"), short_text, tmp_path / name, cluster={"commit_every_seconds": 0})
+
+    whole, _ = run(config("whole"))
+    with monkeypatch.context() as patch:
+        write, done = partial.Commits._write, 0
+
+        def dying(self: partial.Commits, epoch: partial.Epoch) -> None:
+            nonlocal done
+            write(self, epoch)
+            done += 1
+            if done == commits * 5:
+                raise KeyboardInterrupt
+
+        patch.setattr(partial.Commits, "_write", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run(config("cut"))
+    report = Silent()
+    again, _ = run(config("cut"), report)
+    assert not any(unit.startswith("capture") for unit in report.units), "what was committed is done again"
+    ours, theirs = checkpoint_hashes(again.prepared.checkpoint), checkpoint_hashes(whole.prepared.checkpoint)
+    differing = {name for name in theirs if ours.get(name) != theirs[name]}
+    assert not differing
+    report = Silent()
+    run(config("cut"), report)
+    assert report.units == []
+
+
+def test_steps_that_do_harm_leave_the_checkpoint_as_it_was(
+    rounded: Callable[..., Path], short_text: Path, tmp_path: Path
+) -> None:
+    """A fine-tune of what a fine-tune made, by steps that throw every code to an end of the grid."""
+    optimizer = {"epochs": 12, "increment_learning_rate": 0.3}
+    finished, _ = run(tune_config(rounded("asymmetric"), short_text, tmp_path / "first", optimizer=optimizer))
+    before = Path(finished.prepared.checkpoint.url)
+    finished, _ = run(tune_config(before, short_text, tmp_path / "run", optimizer={"increment_learning_rate": 1e3}))
+
+
+def weights_with(**changes: Any) -> dict[str, Any]:
+    """A group of the quantization_config whose weights have some other keys."""
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    return {"targets": ["Linear"], "weights": weights | changes}
+
+
+REFUSED = {
+    "gptq-format": ({"quant_method": "gptq"}, "in the format of 'gptq'"),
+    "awq-format": ({"quant_method": "awq"}, "in the format of 'awq'"),
+    "other-form": ({"format": "int-quantized"}, "in the form int-quantized"),
+    "activations": (
+        {"config_groups": {"group_0": weights_with() | {"input_activations": {"num_bits": 8}}}},
+        "its activations are quantized",
+    ),
+    "cache": ({"kv_cache_scheme": {"num_bits": 8}}, "its activations are quantized"),
+    "activation-order": (
+        {"config_groups": {"g": weights_with(actorder="group")}},
+        "in activation order (actorder 'group')",
+    ),
+    "activation-order-flag": (
+        {"config_groups": {"g": weights_with(actorder=True)}},
+        "in activation order (actorder True)",
+    ),
+    "floats": ({"config_groups": {"g": weights_with(type="float")}}, "its weights are float of 4 bits"),
+    "blocks-of-scales": ({"config_groups": {"g": weights_with(strategy="block")}}, "its scales are by block"),
+    "two-grids": ({"config_groups": {"g": weights_with(), "h": weights_with(num_bits=8)}}, "on 2 different grids"),
+    "no-weights": ({"config_groups": {}}, "describes no quantized weights"),
+    "odd-bits": ({"config_groups": {"g": weights_with(num_bits=5)}}, "have 5 bits"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_checkpoints_of_other_kinds_are_refused(
+    rounded: Callable[..., Path], short_text: Path, tmp_path: Path, case: str
+) -> None:
+    changes, words = REFUSED[case]
+    folder = with_quantization(shutil.copytree(rounded("symmetric"), tmp_path / "other"), **changes)
+    with pytest.raises(UserError) as error:
+        run(tune_config(folder, short_text, tmp_path / "run"))
+    assert words in str(error.value)
+    assert "compressed-tensors pack-quantized" in str(error.value)
+    assert not (tmp_path / "run/run.json").exists()
+
+
+def test_a_model_in_full_precision_is_refused(model: Path, short_text: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a quantized checkpoint"):
+        run(tune_config(model, short_text, tmp_path / "run"))
+
+
+def test_stored_activation_order_is_refused(rounded: Callable[..., Path], short_text: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(rounded("symmetric"), tmp_path / "ordered")
+    file = next(folder.glob("*.safetensors"))
+    name = next(n for n in load_file(file) if n.endswith("_packed")).replace("weight_packed", "weight_g_idx")
+    save_file(load_file(file) | {name: torch.arange(64)}, file, {"format": "pt"})
+    if (index := folder / "model.safetensors.index.json").exists():
+        found = json.loads(index.read_text())
+        found["weight_map"][name] = file.name
+        index.write_text(json.dumps(found))
+    with pytest.raises(UserError, match=r"in activation order \(it holds model.layers"):
+        run(tune_config(folder, short_text, tmp_path / "run"))
+
+
+SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
+    "blocks": ({"finetune": {"blocks": 4}}, "finetune.blocks 4: the model has 3 blocks"),
+    "bits": ({"scheme": {"bits": 4}}, "scheme.bits 4 contradicts the checkpoint, which has 3"),
+    "group": ({"scheme": {"group_size": None}}, "scheme.group_size None contradicts the checkpoint, which has 32"),
+    "symmetric": ({"scheme": {"symmetric": True}}, "scheme.symmetric True contradicts the checkpoint, which has False"),
+    "no-epochs": ({"optimizer": {"epochs": 0}}, "optimizer.epochs is 0"),
+    "loss": ({"method": {"loss": "mse"}}, "method.loss mse means nothing for a fine-tune"),
+    "equivalence": ({"method": {"equivalence": "auto"}}, "method.equivalence auto means nothing"),
+    "schedule": ({"schedule": {"kind": "sequential"}}, "schedule.kind sequential means nothing"),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings_that_cannot_be_are_refused(
+    rounded: Callable[..., Path], short_text: Path, tmp_path: Path, case: str
+) -> None:
+    sections, words = SETTINGS[case]
+    with pytest.raises(UserError) as error:
+        run(tune_config(rounded("asymmetric"), short_text, tmp_path / "run", **sections))
+    assert words in str(error.value)
+    assert not (tmp_path / "run/run.json").exists()
+
+
+def test_a_scheme_that_agrees_is_taken(rounded: Callable[..., Path], short_text: Path, tmp_path: Path) -> None:
+    from pipeline.finetune_plan import resolve
+
+    resolved = resolve(tune_config(rounded("asymmetric"), short_text, tmp_path / "run", scheme={"bits": 3}))
+    assert (resolved.scheme.bits, resolved.scheme.group_size, resolved.scheme.symmetric) == (3, 32, False)
+    assert resolve(resolved) == resolved
