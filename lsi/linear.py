@@ -16,8 +16,9 @@ from lsi.increment import Increment, make_increment
 Clipping = Literal["none", "learned", "direct"]
 # A group never shrinks below this part of its range: at zero it would have no grid.
 SMALLEST_BOUND = 0.05
-# Half a step: the nearest grid point or the one beside it.
-LARGEST_OFFSET = 0.5
+LARGEST_FROM_GRID = 2.0
+# Half a step: the nearest grid point or the one beside it. From a grid point itself it takes a whole one.
+LARGEST_OFFSET, LARGEST_FROM_CODES = 0.5, 1.0
 # sigmoid(4) = 0.982: the bounds begin just inside the full range (OmniQuant, section 3.2).
 CLIPPING_START = 4.0
 
@@ -37,7 +38,12 @@ class LearnedClipping(nn.Module):
 
 
 class DirectClipping(nn.Module):
-    """The bounds' factors themselves, in (0, 1], starting at the full range (SignRound, section 3.2). For signed steps."""
+    """The bounds' factors themselves, in (0, 1], starting at the full range (SignRound, section 3.2). For signed steps.
+
+    `largest`: a range that is a grid's, and not the weights' own, may grow.
+    """
+
+    largest = 1.0
 
     def __init__(self, out_features: int, groups: int, device: torch.device) -> None:
         super().__init__()
@@ -53,14 +59,15 @@ class DirectClipping(nn.Module):
     def project(self) -> None:
         """Back into the bounds, after a step."""
         for bound in (self.lower, self.upper):
-            bound.clamp_(SMALLEST_BOUND, 1)
+            bound.clamp_(SMALLEST_BOUND, self.largest)
 
 
 class LearnedRounding(nn.Module):
     """An offset within half a step for every weight, added before rounding (SignRound, equation 3)."""
 
-    def __init__(self, weight: Float[Tensor, "out in"]) -> None:
+    def __init__(self, weight: Float[Tensor, "out in"], largest: float = LARGEST_OFFSET) -> None:
         super().__init__()
+        self.largest = largest
         self.offset = nn.Parameter(torch.zeros_like(weight))
 
     def forward(self, weight: Float[Tensor, "out in"], scale: Float[Tensor, "out groups"]) -> Float[Tensor, "out in"]:
@@ -71,7 +78,7 @@ class LearnedRounding(nn.Module):
     @torch.no_grad()
     def project(self) -> None:
         """Back into the bounds, after a step."""
-        self.offset.clamp_(-LARGEST_OFFSET, LARGEST_OFFSET)
+        self.offset.clamp_(-self.largest, self.largest)
 
 
 CLIPPINGS: dict[Clipping, type[LearnedClipping] | type[DirectClipping]] = {
@@ -112,9 +119,13 @@ class QuantizedLinear(nn.Module):
         self.groups = grid.groups(weight.shape[1])
         bounds = CLIPPINGS.get(parts.clipping)
         self.clipping = bounds(weight.shape[0], self.groups, weight.device) if bounds else None
+        if start and isinstance(self.clipping, DirectClipping):
+            self.clipping.largest = LARGEST_FROM_GRID
         step = grid_parameters(*self._range(weight), grid, self.scale_dtype)[0]
         self.increment = make_increment(parts.increment, weight, step)
-        self.rounding = LearnedRounding(weight) if parts.rounding else None
+        self.rounding = (
+            LearnedRounding(weight, LARGEST_FROM_CODES if start else LARGEST_OFFSET) if parts.rounding else None
+        )
 
     def _grouped(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out groups size"]:
         return weight.view(weight.shape[0], self.groups, -1)

@@ -34,11 +34,16 @@ def steps_per_epoch(config: RunConfig) -> int:
 def learning_rates(config: RunConfig) -> dict[str, float]:
     """Of each part: the configured one, or the default."""
     optimizer, total = config.optimizer, max(1, config.optimizer.epochs * steps_per_epoch(config))
-    clipping = 1e-1 if config.method.clipping == "learned" else 1 / total
+    learned = config.method.clipping == "learned"
+    if config.finetune.blocks is None:
+        clipping, increment, rounding = 1e-1 if learned else 1 / total, DEFAULT_LEARNING_RATE, 1 / total
+    else:
+        # It begins on grid points, which only moves of more than half a step leave, and with scales that were made with care.
+        clipping, increment, rounding = 1e-1 if learned else 0.2 / total, 2 / total, 2 / total
     return {
         "clipping": optimizer.clipping_learning_rate or clipping,
-        "increment": optimizer.increment_learning_rate or DEFAULT_LEARNING_RATE,
-        "rounding": optimizer.rounding_learning_rate or 1 / total,
+        "increment": optimizer.increment_learning_rate or increment,
+        "rounding": optimizer.rounding_learning_rate or rounding,
         "equivalence": optimizer.equivalence_learning_rate or EQUIVALENCE_LEARNING_RATE,
     }
 

@@ -140,15 +140,19 @@ class OptimizerConfig(Section):
     )
     batch_size: int = Field(2, ge=1, description="sequences a step")
     clipping_learning_rate: float | None = Field(
-        None, gt=0, description="for the clipping bounds. Default: 1e-1 before a sigmoid, direct: 1 / steps of a block"
+        None,
+        gt=0,
+        description="for the clipping bounds. Default: 1e-1 before a sigmoid, direct: 1 / steps of a block; 0.2 / steps in a fine-tune",
     )
     rounding_learning_rate: float | None = Field(
         None,
         gt=0,
-        description="in grid steps. Default: 1 / steps of a block, which signed steps reach half a step with",
+        description="in grid steps. Default: 1 / steps of a block, which signed steps reach half a step with; 2 / steps in a fine-tune",
     )
     increment_learning_rate: float | None = Field(
-        None, gt=0, description="in grid steps of each linear, whatever the increment's kind. Default: 1e-2"
+        None,
+        gt=0,
+        description="in grid steps of each linear, whatever the increment's kind. Default: 1e-2; 2 / steps in a fine-tune",
     )
     equivalence_learning_rate: float | None = Field(
         None, gt=0, description="of the logarithms of LET's scales, and of its shifts. Default: 5e-3"

@@ -57,15 +57,16 @@ def test_the_loss_of_the_next_token_is_the_cross_entropy() -> None:
     torch.testing.assert_close(losses.mean(), expected)
 
 
-@pytest.mark.parametrize(("kind", "rate"), [("diagonal", 1.0), ("dense", 0.1)])
+@pytest.mark.parametrize(("kind", "rate"), [("diagonal", 1.0), ("dense", 0.1), ("none", 0.1)])
 def test_steps_on_the_next_token_lower_its_loss(kind: Kind, rate: float) -> None:
+    """By increments, or without them by learned rounding."""
     torch.manual_seed(0)
     grid = Grid(3, 16, False)
     model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.ReLU(), nn.Linear(64, 11, bias=False))
     names = ["0", "2"]
     starts = {name: round_to_nearest(model.get_submodule(name).weight, grid, torch.bfloat16) for name in names}
-    parts = Parts("none", Increment(kind), False, torch.bfloat16)
-    method = Method(grid, parts, {"increment": rate}, 40, loss="next_token")
+    parts = Parts("none", Increment(kind), kind == "none", torch.bfloat16)
+    method = Method(grid, parts, {"increment": rate, "rounding": rate}, 40, loss="next_token")
     reconstruction = Reconstruction(model, names, method, starts)
     hidden, tokens = torch.randn(2, 12, 64), torch.randint(0, 11, (2, 12))
     losses = [reconstruction.step(hidden, tokens, {}) for _ in range(40)]

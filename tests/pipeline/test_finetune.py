@@ -12,6 +12,7 @@ from running import Silent, checkpoint_hashes, run, tiny_config, tiny_tree
 from safetensors.torch import load_file, save_file
 
 from pipeline.config import RunConfig, parse_config
+from pipeline.driver import StoppedError
 from pipeline.errors import UserError
 from pipeline.evaluate_checkpoint import evaluate_checkpoint
 from pipeline.packed_source import open_packed
@@ -303,3 +304,38 @@ def test_a_scheme_that_agrees_is_taken(rounded: Callable[..., Path], short_text:
     resolved = resolve(tune_config(rounded("asymmetric"), short_text, tmp_path / "run", scheme={"bits": 3}))
     assert (resolved.scheme.bits, resolved.scheme.group_size, resolved.scheme.symmetric) == (3, 32, False)
     assert resolve(resolved) == resolved
+
+
+def test_a_loss_that_is_not_finite_keeps_the_best_state_and_flags_it(
+    rounded: Callable[..., Path], short_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ninth step meets a NaN: what is kept is the state before it, and never round-to-nearest."""
+    from lsi import reconstruct
+
+    calls = 0
+    plain = reconstruct.token_losses
+
+    def broken(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return plain(*arguments) * (float("nan") if calls == 9 else 1.0)
+
+    monkeypatch.setattr(reconstruct, "token_losses", broken)
+    finished, result = run(tune_config(rounded("symmetric"), short_text, tmp_path / "run"))
+    assert result["flagged_blocks"] == [1, 2]
+    for block in block_reports(finished):
+        assert (block["status"], block["kept"]) == ("non_finite", "epoch 0")
+        assert block["loss"] < block["initial_loss"]
+
+
+def test_a_fine_tune_that_fails_for_good_stops_and_quarantines_nothing(
+    rounded: Callable[..., Path], short_text: Path, tmp_path: Path
+) -> None:
+    """A learning rate that float32 cannot hold."""
+    config = tune_config(
+        rounded("symmetric"), short_text, tmp_path / "run", optimizer={"increment_learning_rate": 1e38}
+    )
+    with pytest.raises(StoppedError, match="failed 3 times"):
+        run(config)
+    assert not (tmp_path / "run/quarantine").exists()
+    assert not (tmp_path / "run/checkpoint/config.json").exists()
