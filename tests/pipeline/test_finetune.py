@@ -339,3 +339,39 @@ def test_a_fine_tune_that_fails_for_good_stops_and_quarantines_nothing(
         run(config)
     assert not (tmp_path / "run/quarantine").exists()
     assert not (tmp_path / "run/checkpoint/config.json").exists()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gemma3"])
+def test_families_with_other_names_heads_and_masks(
+    tiny_model: Callable[..., Path], short_text: Path, tmp_path: Path, family: str
+) -> None:
+    """Experts that checkpoints call otherwise; blocks that are called with different masks, and scaled embeddings."""
+    from transformers import Gemma3TextConfig, MixtralConfig
+
+    common: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 320,
+        "max_position_embeddings": 512,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+    }
+    configs = {
+        "mixtral": lambda: MixtralConfig(**common, num_local_experts=4),
+        "gemma3": lambda: Gemma3TextConfig(
+            **common,
+            head_dim=16,
+            sliding_window=8,
+            layer_types=["full_attention", "sliding_attention", "full_attention"],
+        ),
+    }
+    model = tiny_model(tmp_path / "model", config=configs[family](), dtype="bfloat16")
+    scheme = {"symmetric": True}
+    run(tiny_config(model, short_text, tmp_path / "rounded", scheme=scheme, optimizer={"epochs": 0}))
+    before = tmp_path / "rounded/checkpoint"
+    finished, result = run(tune_config(before, short_text, tmp_path / "run"))
+    check_tuned(before, finished, result, short_text)
