@@ -222,7 +222,10 @@ def weights_with(**changes: Any) -> dict[str, Any]:
 REFUSED = {
     "gptq-format": ({"quant_method": "gptq"}, "in the format of 'gptq'"),
     "awq-format": ({"quant_method": "awq"}, "in the format of 'awq'"),
-    "other-form": ({"format": "int-quantized"}, "in the form int-quantized"),
+    "other-form": (
+        {"format": "int-quantized", "config_groups": {"g": weights_with()}},
+        "in the form int-quantized",
+    ),
     "activations": (
         {"config_groups": {"group_0": weights_with() | {"input_activations": {"num_bits": 8}}}},
         "its activations are quantized",
