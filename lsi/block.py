@@ -34,18 +34,25 @@ def get_linear(block: nn.Module, name: str) -> nn.Linear:
     return linear
 
 
-def replace_linears(block: nn.Module, names: list[str], grid: Grid, parts: Parts) -> dict[str, QuantizedLinear]:
-    """Put trainable quantized linears in the place of the named ones, freeze the rest, and return them by name."""
+def replace_linears(
+    block: nn.Module, names: list[str], grid: Grid, parts: Parts, starts: Mapping[str, QuantizedWeight] | None = None
+) -> dict[str, QuantizedLinear]:
+    """Put trainable quantized linears in the place of the named ones, freeze the rest, and return them by name.
+
+    `starts`: what they are quantized to already, by name.
+    """
     block.requires_grad_(False)
     replaced = {}
     for name in names:
-        replaced[name] = QuantizedLinear(get_linear(block, name), grid, parts)
+        replaced[name] = QuantizedLinear(get_linear(block, name), grid, parts, (starts or {}).get(name))
         block.set_submodule(name, replaced[name])
     return replaced
 
 
-def run_block(block: nn.Module, hidden: Hidden, arguments: Mapping[str, Any]) -> Hidden:
-    """The block's hidden states; some families return a tuple with them first."""
+def run_block(
+    block: nn.Module, hidden: Hidden, arguments: Mapping[str, Any]
+) -> Float[Tensor, "batch sequence channels"]:
+    """The block's hidden states, or logits where the head is in it; some families return a tuple with them first."""
     output = block(hidden, **arguments)
     return output[0] if isinstance(output, tuple) else output
 

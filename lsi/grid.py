@@ -53,11 +53,25 @@ class QuantizedWeight:
     scale: Float[Tensor, "out groups"]
     zero_point: UInt8[Tensor, "out groups"]
 
+    def to(self, device: str) -> QuantizedWeight:
+        """The same on another device."""
+        return QuantizedWeight(self.codes.to(device), self.scale.to(device), self.zero_point.to(device))
+
     def dequantize(self) -> Float[Tensor, "out in"]:
         """scale · (codes − zero point), in float32."""
         out, groups = self.scale.shape
         steps = self.codes.view(out, groups, -1).float() - self.zero_point.unsqueeze(-1).float()
         return (self.scale.float().unsqueeze(-1) * steps).view(out, -1)
+
+
+def range_of(
+    scale: Float[Tensor, "out groups"], zero: Float[Tensor, "out groups"], grid: Grid
+) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
+    """The range that a scale and a zero point stand for: `grid_parameters` gives them back, but for the last bit of float32."""
+    if grid.symmetric:
+        half = scale * grid.levels / 2
+        return -half, half
+    return -scale * zero, scale * (grid.levels - zero)
 
 
 def straight_through(value: Tensor, rounded: Tensor) -> Tensor:

@@ -10,14 +10,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lsi.grid import Grid, QuantizedWeight, fake_quantize, grid_parameters, group_range, quantize
+from lsi.grid import Grid, QuantizedWeight, fake_quantize, grid_parameters, group_range, quantize, range_of
 from lsi.increment import Increment, make_increment
 
 Clipping = Literal["none", "learned", "direct"]
 # A group never shrinks below this part of its range: at zero it would have no grid.
 SMALLEST_BOUND = 0.05
-# Half a step: the nearest grid point or the one beside it.
-LARGEST_OFFSET = 0.5
+LARGEST_FROM_GRID = 2.0
+# Half a step: the nearest grid point or the one beside it. From a grid point itself it takes a whole one.
+LARGEST_OFFSET, LARGEST_FROM_CODES = 0.5, 1.0
 # sigmoid(4) = 0.982: the bounds begin just inside the full range (OmniQuant, section 3.2).
 CLIPPING_START = 4.0
 
@@ -37,7 +38,12 @@ class LearnedClipping(nn.Module):
 
 
 class DirectClipping(nn.Module):
-    """The bounds' factors themselves, in (0, 1], starting at the full range (SignRound, section 3.2). For signed steps."""
+    """The bounds' factors themselves, in (0, 1], starting at the full range (SignRound, section 3.2). For signed steps.
+
+    `largest`: a range that is a grid's, and not the weights' own, may grow.
+    """
+
+    largest = 1.0
 
     def __init__(self, out_features: int, groups: int, device: torch.device) -> None:
         super().__init__()
@@ -53,14 +59,15 @@ class DirectClipping(nn.Module):
     def project(self) -> None:
         """Back into the bounds, after a step."""
         for bound in (self.lower, self.upper):
-            bound.clamp_(SMALLEST_BOUND, 1)
+            bound.clamp_(SMALLEST_BOUND, self.largest)
 
 
 class LearnedRounding(nn.Module):
     """An offset within half a step for every weight, added before rounding (SignRound, equation 3)."""
 
-    def __init__(self, weight: Float[Tensor, "out in"]) -> None:
+    def __init__(self, weight: Float[Tensor, "out in"], largest: float = LARGEST_OFFSET) -> None:
         super().__init__()
+        self.largest = largest
         self.offset = nn.Parameter(torch.zeros_like(weight))
 
     def forward(self, weight: Float[Tensor, "out in"], scale: Float[Tensor, "out groups"]) -> Float[Tensor, "out in"]:
@@ -71,7 +78,7 @@ class LearnedRounding(nn.Module):
     @torch.no_grad()
     def project(self) -> None:
         """Back into the bounds, after a step."""
-        self.offset.clamp_(-LARGEST_OFFSET, LARGEST_OFFSET)
+        self.offset.clamp_(-self.largest, self.largest)
 
 
 CLIPPINGS: dict[Clipping, type[LearnedClipping] | type[DirectClipping]] = {
@@ -94,27 +101,41 @@ class QuantizedLinear(nn.Module):
     """y = x · W_hatᵀ + b with W_hat from the increment, the clipping, the rounding and the grid.
 
     The weight is kept in float32. Parameters of these parts are trained; weight and bias are not.
+
+    `start`: the weight is quantized already. Training begins at its codes, and the range is its grid's, whatever W' does.
     """
 
     weight: Float[Tensor, "out in"]
     bias: Float[Tensor, " out"] | None
 
-    def __init__(self, linear: nn.Linear, grid: Grid, parts: Parts) -> None:
+    def __init__(self, linear: nn.Linear, grid: Grid, parts: Parts, start: QuantizedWeight | None = None) -> None:
         super().__init__()
         self.grid = grid
-        self.scale_dtype = parts.scale_dtype
-        weight = linear.weight.detach().float()
+        self.start = start
+        self.scale_dtype = start.scale.dtype if start else parts.scale_dtype
+        weight = start.dequantize() if start else linear.weight.detach().float()
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float(), persistent=False)
         self.groups = grid.groups(weight.shape[1])
         bounds = CLIPPINGS.get(parts.clipping)
         self.clipping = bounds(weight.shape[0], self.groups, weight.device) if bounds else None
-        low, high = group_range(self._grouped(weight))
-        self.increment = make_increment(parts.increment, weight, grid_parameters(low, high, grid, parts.scale_dtype)[0])
-        self.rounding = LearnedRounding(weight) if parts.rounding else None
+        if start and isinstance(self.clipping, DirectClipping):
+            self.clipping.largest = LARGEST_FROM_GRID
+        step = grid_parameters(*self._range(weight), grid, self.scale_dtype)[0]
+        self.increment = make_increment(parts.increment, weight, step)
+        self.rounding = (
+            LearnedRounding(weight, LARGEST_FROM_CODES if start else LARGEST_OFFSET) if parts.rounding else None
+        )
 
     def _grouped(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out groups size"]:
         return weight.view(weight.shape[0], self.groups, -1)
+
+    def _range(
+        self, weight: Float[Tensor, "out in"]
+    ) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
+        if self.start is None:
+            return group_range(self._grouped(weight))
+        return range_of(self.start.scale.float(), self.start.zero_point.float(), self.grid)
 
     def transformed(self) -> tuple[Float[Tensor, "out in"], Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
         """W', its scale and its zero point, differentiable. Always in float32: the codes must not depend on autocast."""
@@ -126,7 +147,7 @@ class QuantizedLinear(nn.Module):
             followed = weight.detach()
             if self.weight.requires_grad:
                 followed = followed + (self.weight - self.weight.detach())
-            low, high = group_range(self._grouped(followed))
+            low, high = self._range(followed)
             if self.clipping is not None:
                 low, high = self.clipping(low, high)
             scale, zero = grid_parameters(low, high, self.grid, self.scale_dtype)

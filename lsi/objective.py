@@ -16,19 +16,23 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lsi.block import Hidden, run_block
 
-LossKind = Literal["mse", "relative"]
+LossKind = Literal["mse", "relative", "next_token"]
+Tokens = Int[Tensor, "batch sequence"]
+# Hidden states, or logits.
+Outputs = Float[Tensor, "batch sequence channels"]
 # A token of zeros has no relative error; this keeps its quotient finite.
 SMALLEST_SQUARE = 1e-12
 
 
 def token_losses(
-    output: Hidden, target: Hidden, kind: LossKind, first_token: float = 0.0
-) -> Float[Tensor, "batch sequence"]:
+    output: Outputs, target: Outputs | Tokens, kind: LossKind, first_token: float = 0.0
+) -> Float[Tensor, "batch losses"]:
     """The error of each token's hidden states, in float32, weighted.
 
     mse: mean squared error over the channels (LSI, OmniQuant). relative: that divided by the target's mean square. The
@@ -38,7 +42,13 @@ def token_losses(
     `first_token`: what the first token's error counts beside the mean of all. It is the attention sink (arXiv 2309.17453):
     every later token attends to it, some block makes its activations massive, and where an error keeps that from happening
     all tokens suffer in all blocks after. One among hundreds, it would hardly be seen in the mean.
+
+    next_token: the outputs are logits (batch × sequence × vocabulary) and the targets the tokens themselves; the loss is the
+    cross entropy of each token after the first, not weighted.
     """
+    if kind == "next_token":
+        logits, tokens = output[:, :-1].flatten(0, 1).float(), target[:, 1:].flatten().long()
+        return functional.cross_entropy(logits, tokens, reduction="none").view(len(output), -1)
     error = (output.float() - target.float()).square().mean(-1)
     if kind == "relative":
         error = error / target.float().square().mean(-1).clamp(min=SMALLEST_SQUARE)
@@ -89,8 +99,8 @@ class Objective:
     products: torch.dtype | None = None
 
     def losses(
-        self, output: Hidden, inputs: Hidden, targets: Hidden, frozen: Frozen
-    ) -> Float[Tensor, "batch sequence"]:
+        self, output: Outputs, inputs: Hidden, targets: Outputs | Tokens, frozen: Frozen
+    ) -> Float[Tensor, "batch losses"]:
         """Of each token, in float32. `output`: the trained block's, on `inputs`; `targets`: the full-precision stream after
         the last of `frozen.following`. Raises ValueError without the block itself where its outputs are asked for."""
         reached = self._through(frozen.following, output)

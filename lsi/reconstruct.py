@@ -20,7 +20,7 @@ from lsi.equivalence import Equivalence
 from lsi.experts import expert_of
 from lsi.grid import Grid, QuantizedWeight, clip_to_weights
 from lsi.linear import DirectClipping, LearnedRounding, Parts
-from lsi.objective import Frozen, LossKind, Objective, products_in
+from lsi.objective import Frozen, LossKind, Objective, Tokens, products_in
 from lsi.steps import DECAY, Steps, make_optimizer
 
 Result = TypeVar("Result")
@@ -70,9 +70,15 @@ def part_of(parameter: str) -> str:
 
 
 class Reconstruction:
-    """The trained state of one block."""
+    """The trained state of one block. `starts`: what its linears are quantized to already, where training begins there."""
 
-    def __init__(self, block: nn.Module, names: list[str], method: Method) -> None:
+    def __init__(
+        self,
+        block: nn.Module,
+        names: list[str],
+        method: Method,
+        starts: Mapping[str, QuantizedWeight] | None = None,
+    ) -> None:
         self.method = method
         self.block = block.float()
         self.equivalence = None
@@ -80,7 +86,7 @@ class Reconstruction:
             self.equivalence = Equivalence(
                 self.block, method.equivalence, shifts=method.shifts, dtype=method.parts.scale_dtype
             )
-        self.linears = replace_linears(self.block, names, method.grid, method.parts)
+        self.linears = replace_linears(self.block, names, method.grid, method.parts, starts)
         self.experts = {name: expert for name in sorted(names) if (expert := expert_of(self.block, name))}
         self.tokens = dict.fromkeys(self.experts, 0)
         for name in self.experts:
@@ -121,7 +127,7 @@ class Reconstruction:
         return function() if self.equivalence is None else self.equivalence.within(self.block, function)
 
     def step(
-        self, inputs: Hidden, targets: Hidden, arguments: Mapping[str, Any], frozen: Frozen = NOTHING_FROZEN
+        self, inputs: Hidden, targets: Hidden | Tokens, arguments: Mapping[str, Any], frozen: Frozen = NOTHING_FROZEN
     ) -> float:
         """One update. Returns the loss before it. `targets`: the full-precision stream after the last of `frozen.following`.
 

@@ -38,11 +38,16 @@ def learning_rates(config: RunConfig) -> dict[str, float]:
     total = max(1, optimizer.epochs * steps)
     # What joins late has its way to go in fewer steps.
     joined = max(1, (optimizer.epochs - optimizer.warm_epochs) * steps)
-    clipping = 1e-1 if config.method.clipping == "learned" else 1 / total
+    learned = config.method.clipping == "learned"
+    if config.finetune.blocks is None:
+        clipping, increment, rounding = 1e-1 if learned else 1 / total, DEFAULT_LEARNING_RATE, 1 / joined
+    else:
+        # It begins on grid points, which only moves of more than half a step leave, and with scales that were made with care.
+        clipping, increment, rounding = 1e-1 if learned else 0.2 / total, 2 / joined, 2 / joined
     return {
         "clipping": optimizer.clipping_learning_rate or clipping,
-        "increment": optimizer.increment_learning_rate or DEFAULT_LEARNING_RATE,
-        "rounding": optimizer.rounding_learning_rate or 1 / joined,
+        "increment": optimizer.increment_learning_rate or increment,
+        "rounding": optimizer.rounding_learning_rate or rounding,
         "equivalence": optimizer.equivalence_learning_rate or EQUIVALENCE_LEARNING_RATE,
     }
 
@@ -56,12 +61,13 @@ def make_method(context: Context) -> Method:
         rates=learning_rates(config),
         total_steps=config.optimizer.epochs * steps_per_epoch(config),
         steps=config.optimizer.steps,
-        loss=config.method.loss,
+        loss=config.method.loss if config.finetune.blocks is None else "next_token",
         first_token=config.method.first_token,
         autocast=context.autocast,
         equivalence=config.method.equivalence_kinds(config.scheme),
         shifts=config.method.shifts,
-        fewest_tokens=config.method.expert_tokens * config.optimizer.epochs,
+        # What a fine-tune began with was made with data, and is kept rather than clipped without.
+        fewest_tokens=config.method.expert_tokens * config.optimizer.epochs if config.finetune.blocks is None else 0,
         quantized_stream=config.method.quantized_stream_loss,
         warm_steps=config.optimizer.warm_epochs * steps_per_epoch(config),
     )
@@ -107,7 +113,8 @@ def result_of(reconstruction: Reconstruction, dtype: torch.dtype) -> BlockResult
 
 @dataclass
 class Trained:
-    """A block in training, and the result it began with: round-to-nearest, from which nothing is folded yet."""
+    """A block in training, and the result it began with: round-to-nearest, from which nothing is folded yet, or in a
+    fine-tune the checkpoint's own."""
 
     reconstruction: Reconstruction
     initial: BlockResult
@@ -145,10 +152,11 @@ class Best:
 
 def begin(worker: Worker, block: int) -> Trained:
     """A block at the start of its training."""
-    own: nn.Module = copy.deepcopy(worker.block(block))
-    reconstruction = Reconstruction(own, worker.linears(block), make_method(worker.context))
-    quantize_activations(own, worker.linears(block), worker.config.scheme)
-    return Trained(reconstruction, BlockResult(reconstruction.quantized()))
+    trainee = worker.trainee(block)
+    own: nn.Module = copy.deepcopy(trainee.module)
+    reconstruction = Reconstruction(own, trainee.linears, make_method(worker.context), trainee.starts)
+    quantize_activations(own, trainee.linears, worker.config.scheme)
+    return Trained(reconstruction, BlockResult(trainee.starts or reconstruction.quantized()))
 
 
 def pack_state(trained: Trained, best: Best | None) -> dict[str, Tensor]:

@@ -124,6 +124,53 @@ def quantize(
 
 
 @app.command()
+def finetune(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT", help="A quantized checkpoint: a folder, a hub id, or any fsspec URL of such a folder."
+        ),
+    ],
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="End with 1, and no checkpoint, where training met numbers that are not finite."),
+    ] = False,
+    log: LogOption = None,
+) -> None:
+    """Train the last blocks of a quantized checkpoint on a text of choice, into a new checkpoint.
+
+    CHECKPOINT is weight-only and integer, in compressed-tensors pack-quantized
+    form: what `lsi quantize` publishes, round-to-nearest among it, or
+    llm-compressor's (GPTQ with actorder weight or none). No full-precision
+    model is needed.
+
+    CONFIG has data (the text), finetune.blocks (how many of the last blocks,
+    2 by default), method and optimizer (what is trained, and how), storage.run,
+    and evaluation texts: name one of another kind there, to see what is lost
+    on it. Bits, group size and symmetry are the checkpoint's; model.source is
+    CHECKPOINT. configs/finetune-news.yaml is an example:
+
+        lsi finetune runs/quickstart/checkpoint configs/finetune-news.yaml
+
+    The loss is the cross entropy of the next token. Codes and scales of the
+    trained blocks change, all else is copied byte for byte. The state with the
+    lowest loss over all samples is published, and that may be CHECKPOINT's own.
+
+    Like any run it goes on from its commits: give the same command again.
+    `lsi status` and `lsi eval` work as for any other; exit codes are those of
+    `lsi quantize`.
+    """
+    from pipeline.config import load_finetune
+
+    again = ["lsi", "finetune", checkpoint, config]
+    again += [part for o in overrides or [] for part in ("--set", without_secret(o))]
+    again += ["--strict"] * strict + (["--log", log] if log else [])
+    run_command(lambda: load_finetune(checkpoint, config, overrides or []), shlex.join(again), log, {"strict": strict})
+
+
+@app.command()
 def merge(
     run: RunArgument,
     checkpoint: Annotated[str | None, typer.Option(help="Where to write; default: as the run's config says.")] = None,

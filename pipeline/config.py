@@ -191,15 +191,20 @@ class OptimizerConfig(Section):
     )
     batch_size: int = Field(2, ge=1, description="sequences a step")
     clipping_learning_rate: float | None = Field(
-        None, gt=0, description="for the clipping bounds. Default: 1e-1 before a sigmoid, direct: 1 / steps of a block"
+        None,
+        gt=0,
+        description="for the clipping bounds. Default: 1e-1 before a sigmoid, direct: 1 / steps of a block; 0.2 / steps in a fine-tune",
     )
     rounding_learning_rate: float | None = Field(
         None,
         gt=0,
-        description="in grid steps. Default: 1 / steps of a block (but the warm epochs'), which signed steps reach half a step with",
+        description="in grid steps. Default: 1 / steps of a block (but the warm epochs'), which signed steps reach half a step with; "
+        "2 / steps in a fine-tune",
     )
     increment_learning_rate: float | None = Field(
-        None, gt=0, description="in grid steps of each linear, whatever the increment's kind. Default: 1e-2"
+        None,
+        gt=0,
+        description="in grid steps of each linear, whatever the increment's kind. Default: 1e-2; 2 / steps in a fine-tune",
     )
     equivalence_learning_rate: float | None = Field(
         None, gt=0, description="of the logarithms of LET's scales, and of its shifts. Default: 5e-3"
@@ -256,6 +261,20 @@ class ComputeConfig(Section):
         "auto", description="products in training; auto: bfloat16 where the hardware multiplies it natively"
     )
     threads: int = Field(1, ge=1, description="CPU threads of each actor")
+
+
+# As the paper's fine-tuning use has it.
+FINETUNE_BLOCKS = 2
+
+
+class FinetuneConfig(Section):
+    """For `lsi finetune` alone: a packed checkpoint is trained on, on the text of `data`."""
+
+    blocks: int | None = Field(
+        None,
+        ge=1,
+        description="how many of the last blocks are trained; the others stay byte for byte (default there: 2)",
+    )
 
 
 class StorageConfig(Section):
@@ -329,6 +348,7 @@ class RunConfig(Section):
     cluster: ClusterConfig = ClusterConfig()
     storage: StorageConfig
     outputs: OutputConfig = OutputConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
@@ -365,6 +385,8 @@ class RunConfig(Section):
         """All that decides the weights' bytes; where it runs, where it is stored and what it is measured on are left out."""
         whole = self.model_dump(mode="json")
         del whole["cluster"], whole["outputs"], whole["evaluation"]
+        if self.finetune.blocks is None:
+            del whole["finetune"]
         whole["storage"] = {"chunk_samples": self.storage.chunk_samples}
         return whole
 
@@ -445,6 +467,24 @@ def parse_config(tree: object, where: str = "config") -> RunConfig:
 
 def load_config(path: str, overrides: list[str]) -> RunConfig:
     """Read a YAML file and apply `section.key=value` overrides."""
+    return parse_config(read_tree(path, overrides), path)
+
+
+def load_finetune(checkpoint: str, path: str, overrides: list[str]) -> RunConfig:
+    """The same for a fine-tune of a checkpoint, which is its model. Raises UserError if the file names another one."""
+    tree = read_tree(path, overrides)
+    if isinstance(tree, dict) and isinstance(model := tree.setdefault("model", {}), dict):
+        if model.setdefault("source", checkpoint) != checkpoint:
+            raise UserError(
+                f"{path}: model.source is {model['source']}, but a fine-tune's model is its checkpoint, {checkpoint}: leave it out"
+            )
+        if isinstance(section := tree.setdefault("finetune", {}), dict):
+            section.setdefault("blocks", FINETUNE_BLOCKS)
+    return parse_config(tree, path)
+
+
+def read_tree(path: str, overrides: list[str]) -> object:
+    """What a YAML file holds, with overrides. Raises UserError if it cannot be read."""
     file = Path(path)
     if not file.is_file():
         raise UserError(f"{path}: no such config file; see configs/ for examples")
@@ -453,7 +493,7 @@ def load_config(path: str, overrides: list[str]) -> RunConfig:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {error}") from error
     tree = {} if tree is None else tree
-    return parse_config(apply_overrides(tree, overrides) if isinstance(tree, dict) else tree, path)
+    return apply_overrides(tree, overrides) if isinstance(tree, dict) else tree
 
 
 def differing_keys(ours: object, theirs: object, prefix: str = "") -> list[str]:

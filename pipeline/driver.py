@@ -205,7 +205,7 @@ class Driver:
 def stopped(outcome: Outcome, nodes: list[Node]) -> StoppedError:
     """Why the run cannot go on as planned."""
     node = next((n for n in nodes if n.name == outcome.unit), None)
-    if outcome.status == "failed" and node is not None and isinstance(node.task, TrainTask):
+    if outcome.status == "failed" and node is not None and isinstance(node.task, TrainTask) and node.task.replaceable:
         return GaveUpError(outcome.reason, node, outcome.failures)
     return StoppedError(outcome.reason, interrupted=outcome.status == "interrupted")
 

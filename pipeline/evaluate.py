@@ -38,14 +38,15 @@ def _likelihood(surroundings: Surroundings, batches: list[Tensor], hidden: list[
     return sum(negative_log_likelihood(surroundings.logits(batch, states), batch) for batch, states in pairs)
 
 
-Variant = Literal["full_precision", "round_to_nearest", "quantized"]
+# checkpoint and tuned: of a fine-tune, before and after.
+Variant = Literal["full_precision", "round_to_nearest", "quantized", "checkpoint", "tuned"]
 
 
 @dataclass(frozen=True)
 class EvaluateTask:
     """Perplexity of one variant on one text, or a part of the way there: blocks `start` … `stop` − 1.
 
-    `quantized` holds the results of these blocks, or nothing for the baselines. `before` has the hidden states that enter
+    `quantized` holds the results of these blocks, or nothing where they are as the source has them or rounded. `before` has the hidden states that enter
     block `start`, a file for each window; None: begin with the tokens. The last part commits the perplexity to `out`, the
     others the hidden states that leave their blocks.
     """
@@ -99,21 +100,20 @@ class EvaluateTask:
 
     def _variant_of(self, worker: Worker, index: int) -> nn.Module:
         # One block after another: nothing gained by keeping any.
-        if self.variant == "full_precision":
-            return worker.new_block(index)
-        block = self._quantized(worker, index)
-        quantize_activations(block, worker.linears(index), worker.config.scheme)
+        block = self._weights_of(worker, index)
+        if self.quantized or self.variant == "round_to_nearest":
+            quantize_activations(block, worker.linears(index), worker.config.scheme)
         return block
 
-    def _quantized(self, worker: Worker, index: int) -> nn.Module:
-        if self.variant == "quantized":
+    def _weights_of(self, worker: Worker, index: int) -> nn.Module:
+        if self.quantized:
             result = BlockResult.unpack(read_tensors(worker.store, self.quantized[index - self.start], WEIGHTS_FILE))
             # At 70B the linears are 1.7 GB a block, and this unit is the last that everything waits for.
             block = worker.new_block(index, without=result.weights.keys())
             result.load(block)
             return block
         block = worker.new_block(index)
-        load_quantized(
-            block, round_block(block, worker.linears(index), worker.config.scheme.grid, worker.context.dtype)
-        )
+        if self.variant == "round_to_nearest":
+            grid, dtype = worker.config.scheme.grid, worker.context.dtype
+            load_quantized(block, round_block(block, worker.linears(index), grid, dtype))
         return block

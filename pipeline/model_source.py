@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,14 @@ class ModelSource:
 
     def read(self, name: str) -> Tensor:
         """One tensor, by a ranged read. Raises UserError if the shard has changed or vanished since it was opened."""
-        shard, entry = self.index[name]
+        return self.read_at(*self.index[name])
+
+    def pieces(self, name: str) -> Mapping[str, Tensor]:
+        """All that is stored of a tensor, by what its name is followed by: here the tensor itself."""
+        return {"": self.read(name)}
+
+    def read_at(self, shard: str, entry: TensorEntry) -> Tensor:
+        """The tensor at a place of a shard. Raises UserError as `read` does."""
         try:
             return read_tensor(self.store, shard, entry)
         except (FileNotFoundError, EOFError) as error:
@@ -150,7 +158,9 @@ def parse_model_config(files: dict[str, bytes], where: str, *, trust_remote_code
         raise UserError(f"{where}/config.json: not a JSON object but {type(raw).__name__}")
     if found := raw.get("quantization_config"):
         method = found.get("quant_method", "unknown method") if isinstance(found, dict) else found
-        raise UserError(f"{where}: the model is already quantized ({method}); start from its full-precision weights")
+        raise UserError(
+            f"{where}: the model is already quantized ({method}); start from its full-precision weights, or train on with lsi finetune"
+        )
     with tempfile.TemporaryDirectory() as folder:
         _write_side_files(files, Path(folder))
         try:

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -80,6 +80,8 @@ class TrainTask:
     comparison: Comparison
     key: str
     ahead: int = 0
+    # Whether a block whose training fails for good may be rounded without data instead.
+    replaceable: ClassVar[bool] = True
 
     def __call__(self, worker: Worker) -> dict[str, Any]:
         if self._is_done(worker):
@@ -166,7 +168,7 @@ class TrainTask:
             if not batches:
                 continue
             inputs, targets = self._chunk(worker, chunk, order[place + 1 : place + 2])
-            arguments = worker.arguments(self.block, inputs.shape[1])
+            arguments = worker.trainee(self.block).arguments(inputs.shape[1])
             frozen = self._frozen(worker, inputs.shape[1])
             for batch in batches:
                 commits.check(epoch)

@@ -15,6 +15,7 @@ here, the packing of bits into words by the library itself.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import compressed_tensors
@@ -188,6 +189,57 @@ def _scheme(bits: int, group_size: int | None, symmetric: bool, activation_bits:
         dynamic=True,
     )
     return QuantizationScheme(targets=["Linear"], weights=weights, input_activations=activations, format=form)
+
+
+@dataclass(frozen=True)
+class PackedScheme:
+    """The grid of a checkpoint whose linears are all quantized alike; `group_size` None: one group per channel."""
+
+    bits: int
+    group_size: int | None
+    symmetric: bool
+
+
+def read_scheme(document: Any) -> PackedScheme:
+    """The grid that a "quantization_config" describes.
+
+    Raises ValueError, a clause that says what it is, for anything but one weight-only integer grid in pack-quantized form.
+    """
+    method = document.get("quant_method", "unknown") if isinstance(document, dict) else document
+    if method != "compressed-tensors":
+        raise ValueError(f"its weights are in the format of {method!r}")
+    groups = [group for group in document.get("config_groups", {}).values() if isinstance(group, dict)]
+    if not groups or any(not isinstance(group.get("weights"), dict) for group in groups):
+        raise ValueError("its quantization_config describes no quantized weights")
+    formats = {group.get("format") or document.get("format") for group in groups}
+    if odd := sorted(str(name) for name in formats if name != CompressionFormat.pack_quantized.value):
+        raise ValueError(f"its weights are in the form {', '.join(odd)}")
+    if document.get("kv_cache_scheme") or any(
+        g.get("input_activations") or g.get("output_activations") for g in groups
+    ):
+        raise ValueError("its activations are quantized, too")
+    schemes = {_weight_scheme(group["weights"]) for group in groups}
+    if len(schemes) > 1:
+        raise ValueError(f"its linears are on {len(schemes)} different grids")
+    return schemes.pop()
+
+
+def _weight_scheme(weights: Mapping[str, Any]) -> PackedScheme:
+    # "weight" and "static" order what GPTQ looks at first; only these leave the groups as they are.
+    if (order := weights.get("actorder")) not in (None, False, "weight", "static"):
+        raise ValueError(f"its groups are in activation order (actorder {order!r})")
+    kind, bits = weights.get("type", "int"), weights.get("num_bits")
+    strategy, size = weights.get("strategy"), weights.get("group_size")
+    if kind != "int" or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(f"its weights are {kind} of {bits} bits")
+    if strategy not in ("group", "channel") or (strategy == "group" and (not isinstance(size, int) or size < 1)):
+        raise ValueError(f"its scales are by {strategy}, of size {size}")
+    return PackedScheme(bits, size if strategy == "group" else None, bool(weights.get("symmetric", True)))
+
+
+def loadable(document: dict[str, Any]) -> dict[str, Any]:
+    """A "quantization_config" that transformers loads, from one that it may not (see `quantization_config`)."""
+    return document if read_scheme(document).symmetric else document | {"dequantize": True}
 
 
 def _group_count(name: str, in_features: int, group_size: int | None) -> int:

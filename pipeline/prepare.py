@@ -23,11 +23,13 @@ from pipeline.capture import TOKENS_FILE
 from pipeline.config import MethodConfig, RunConfig, SchemeConfig
 from pipeline.data import calibration_tokens, evaluation_tokens
 from pipeline.errors import UserError
+from pipeline.finetune_plan import resolve
 from pipeline.gguf_import import import_gguf
 from pipeline.identity import autocast_dtype, check_claim, claim, read_json, run_identity
 from pipeline.lease import Lease
 from pipeline.merge import CHECKPOINT_MANIFEST, CONFIG_FILE, unpublished
 from pipeline.model_source import DTYPES, ModelSource, locate, open_model
+from pipeline.packed_source import open_packed
 from pipeline.perplexity import take_windows
 from pipeline.reporter import Reporter
 from pipeline.skeleton import Skeleton, check_groups, check_tensors, make_skeleton
@@ -60,6 +62,9 @@ def checkpoint_url(config: RunConfig) -> str:
 def open_source(config: RunConfig, store: Store, report: Reporter) -> tuple[ModelSource, dict[str, Any]]:
     """The model folder, and the fsspec options it is opened with. A GGUF file is converted into the run directory first."""
     options = config.storage.options
+    if config.finetune.blocks is not None:
+        packed_store = locate(config.model, options)
+        return open_packed(packed_store, trust_remote_code=config.model.trust_remote_code), packed_store.options
     if config.model.source.endswith(".gguf"):
         return open_model(converted(config, store, report)), options
     model_store = locate(config.model, options)
@@ -203,6 +208,8 @@ def prepare(config: RunConfig, report: Reporter) -> Prepared:
         raise UserError(
             "compute.device is cuda, but this machine has no CUDA device; set compute.device to cpu or give cluster.address"
         )
+    if config.finetune.blocks is not None:
+        config = resolve(config)
     store = open_store(config.storage.run, config.storage.options)
     store.check_writable()
     autocast = autocast_dtype(config.compute, store)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from pipeline.artifacts import Artifact, Record, read_record
+from pipeline.artifacts import Artifact, Record, digest, read_record
 from pipeline.config import MethodConfig, RunConfig, ScheduleConfig
 from pipeline.errors import UserError
-from pipeline.identity import run_identity
+from pipeline.finetune_merge import copied_config
+from pipeline.identity import MODEL_FILE, read_json, run_identity
 from pipeline.merge import CHECKPOINT_MANIFEST, publish, published_config, quantized_linears, unpublished
 from pipeline.packed_format import format_of
 from pipeline.prepare import Prepared
@@ -21,7 +22,7 @@ RESULT_FILE = "result.json"
 MANIFEST_FILE = "manifest.json"
 TIMES = ("worker", "host", "pid", "started", "ended", "peak_rss_mib")
 FLAG_WORDS = {
-    "non_finite": "training met a loss or gradient that is not finite; it keeps its best state, better than round-to-nearest",
+    "non_finite": "training met a loss or gradient that is not finite; it keeps its best state",
     "fallback": "training met a loss or gradient that is not finite, and no state was better than round-to-nearest, which it holds",
     "quarantined": "training failed for good; it holds round-to-nearest, made without data",
 }
@@ -77,6 +78,15 @@ def recipe_of(prepared: Prepared) -> dict[str, Any]:
     return run_identity(prepared.config, prepared.context.autocast)
 
 
+def tuned_from(prepared: Prepared) -> dict[str, Any]:
+    """Of a fine-tune: the checkpoint that it began with, by its content, and how many of the last blocks were trained."""
+    blocks = prepared.config.finetune.blocks
+    if blocks is None:
+        return {}
+    content = digest([read_json(prepared.store, MODEL_FILE), prepared.source.side_files["config.json"].decode()])
+    return {"tuned_from": {"checkpoint": prepared.config.model.source, "digest": content, "blocks": blocks}}
+
+
 def schedule_words(schedule: ScheduleConfig) -> str:
     """What blocks trained on."""
     if schedule.kind == "sequential":
@@ -102,7 +112,8 @@ def trained_words(config: RunConfig) -> str:
     if method.equivalence:
         more = f"{' with shifts' if method.shifts else ''} from {method.equivalence_start}"
         parts.append(f"equivalence {' '.join(method.equivalence_kinds(config.scheme))}{more}")
-    return ", ".join([*parts, f"loss {method.loss}"])
+    loss = method.loss if config.finetune.blocks is None else "cross entropy of the next token"
+    return ", ".join([*parts, f"loss {loss}"])
 
 
 METHOD_WORDS = {
@@ -117,7 +128,13 @@ CLIPPING_WORDS = {
     "learned": " and learned clipping (LWC, arXiv 2308.13137)",
     "direct": " and learned clipping (as in SignRound, arXiv 2309.05516)",
 }
-LABELS = {"full_precision": "full precision", "round_to_nearest": "round-to-nearest", "quantized": "quantized"}
+LABELS = {
+    "full_precision": "full precision",
+    "round_to_nearest": "round-to-nearest",
+    "quantized": "quantized",
+    "checkpoint": "checkpoint",
+    "tuned": "fine-tuned",
+}
 
 
 def perplexity_rows(table: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
@@ -138,6 +155,31 @@ def perplexity_word(value: float | None) -> str:
     return f"{value:.2f}" if value < 1e5 else f"{value:.3g}"
 
 
+def story(prepared: Prepared) -> list[str]:
+    """What was done, in a sentence."""
+    config = prepared.config
+    what = f"{METHOD_WORDS[config.method.increment]}{CLIPPING_WORDS[config.method.clipping]}{equivalence_words(config.method)}"
+    if config.finetune.blocks is not None:
+        return [
+            f"Fine-tuned from a checkpoint that was quantized already: {what}, of the last {config.finetune.blocks} blocks, trained",
+            "on the next token's cross entropy. All other tensors are that checkpoint's, byte for byte.",
+        ]
+    return [
+        f"Quantized block by block: {what}, trained so that",
+        "each block's output stays that of the full-precision block.",
+    ]
+
+
+def origin(prepared: Prepared) -> list[str]:
+    """The model card's rows on what the blocks were trained from."""
+    if found := tuned_from(prepared).get("tuned_from"):
+        return [
+            f"| fine-tuned | the last {found['blocks']} blocks together |",
+            f"| from | {found['checkpoint']}, digest {found['digest'][:16]} |",
+        ]
+    return [f"| schedule | {schedule_words(prepared.config.schedule)} |"]
+
+
 def model_card(prepared: Prepared, table: dict[str, dict[str, float]], blocks: list[dict[str, Any]]) -> str:
     """The checkpoint's README. Deterministic: no dates, no times, no machine."""
     config = prepared.config
@@ -149,11 +191,8 @@ def model_card(prepared: Prepared, table: dict[str, dict[str, float]], blocks: l
         "---",
         f"# {config.model.source.rstrip('/').rsplit('/', 1)[-1]}, {config.scheme.words}",
         "",
-        f"Quantized block by block: {METHOD_WORDS[config.method.increment]}{CLIPPING_WORDS[config.method.clipping]}"
-        f"{equivalence_words(config.method)}, trained so that",
-        "each block's output stays that of the full-precision block. Stored in compressed-tensors "
-        f"`{format_of(config.scheme.activation_bits).value}` form;",
-        "`transformers` loads it as it is:",
+        *story(prepared),
+        f"Stored in compressed-tensors `{format_of(config.scheme.activation_bits).value}` form; `transformers` loads it as it is:",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM",
@@ -165,7 +204,7 @@ def model_card(prepared: Prepared, table: dict[str, dict[str, float]], blocks: l
         f"| scheme | {config.scheme.words}; left alone: {', '.join(config.scheme.skip) or 'nothing'} |",
         f"| trained | {trained_words(config)} |",
         f"| optimizer | {config.optimizer.epochs} epochs, batches of {config.optimizer.batch_size} |",
-        f"| schedule | {schedule_words(config.schedule)} |",
+        *origin(prepared),
         f"| calibration | {config.data.samples} × {config.data.sequence_length} tokens of {config.data.source}, seed {config.data.seed} |",
         f"| made with | {', '.join(f'{name} {value}' for name, value in identity['versions'].items())} |",
     ]
@@ -191,7 +230,6 @@ def publish_checkpoint(finished: Finished) -> None:
     if unpublished(prepared.config, prepared.skeleton):
         return
     blocks = block_reports(finished)
-    linears = quantized_linears(prepared.skeleton, prepared.config.scheme.skip)
     shards = records(prepared.store, artifacts_of(finished, "shard"))
     table = perplexities(finished)
     manifest = {
@@ -199,6 +237,7 @@ def publish_checkpoint(finished: Finished) -> None:
         "perplexity": table,
         "flagged": flagged(blocks),
         "blocks": [without_times(block) for block in blocks],
+        **tuned_from(prepared),
         "files": {
             record.meta["file"]: {"size": record.meta["size"], "sha256": record.meta["sha256"]} for record in shards
         },
@@ -207,8 +246,15 @@ def publish_checkpoint(finished: Finished) -> None:
         "README.md": model_card(prepared, table, blocks).encode(),
         CHECKPOINT_MANIFEST: json.dumps(manifest, indent=1, sort_keys=True).encode(),
     }
-    config = published_config(prepared.source, prepared.config, linears, prepared.skeleton, prepared.context.dtype)
-    publish(prepared.checkpoint, prepared.source, shards, config, extra)
+    publish(prepared.checkpoint, prepared.source, shards, checkpoint_config(prepared), extra)
+
+
+def checkpoint_config(prepared: Prepared) -> bytes:
+    """The checkpoint's `config.json`."""
+    if prepared.config.finetune.blocks is not None:
+        return copied_config(prepared.source)
+    linears = quantized_linears(prepared.skeleton, prepared.config.scheme.skip)
+    return published_config(prepared.source, prepared.config, linears, prepared.skeleton, prepared.context.dtype)
 
 
 def write_result(finished: Finished) -> dict[str, Any]:

@@ -26,10 +26,13 @@ from pipeline.config import ClusterConfig, RunConfig
 from pipeline.driver import Driver, GaveUpError, StoppedError
 from pipeline.errors import UserError
 from pipeline.estimate import human_bytes
+from pipeline.finetune_merge import copied_shards, packed_owners
+from pipeline.finetune_plan import build_finetune, trained_linears
 from pipeline.graph import KINDS, TRAIN, Graph, Inputs, build_graph
 from pipeline.identity import check_claim, package_version
 from pipeline.lease import hold
 from pipeline.merge import plan_shards, scheme_layout, shards_with_blocks, unpublished, withdraw
+from pipeline.packed_source import PackedSource
 from pipeline.prepare import Prepared
 from pipeline.quarantine import follow_decisions, forget, give_up
 from pipeline.reporter import Reporter, Together
@@ -100,7 +103,10 @@ Workers = Callable[[RunConfig, Context, Reporter], Any]
 
 def shard_plan(prepared: Prepared) -> list[tuple[str, tuple[str, ...], tuple[int, ...]]]:
     """The checkpoint's files: name, parameters, blocks whose results they hold. None where none is published."""
-    config = prepared.config
+    config, source = prepared.config, prepared.source
+    if isinstance(source, PackedSource):
+        linears = trained_linears(config, prepared.skeleton)
+        return copied_shards(source, packed_owners(prepared.skeleton, source, linears))
     if unpublished(config, prepared.skeleton):
         return []
     layout = scheme_layout(prepared.skeleton, config.scheme, prepared.context.dtype)
@@ -119,7 +125,8 @@ def graph_of(prepared: Prepared, blocks: list[str], outer: str, quarantined: dic
             "transformers": package_version("transformers"),
         }
     )
-    return build_graph(
+    build = build_graph if config.finetune.blocks is None else build_finetune
+    return build(
         Inputs(
             config=config,
             blocks=len(blocks),

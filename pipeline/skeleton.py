@@ -242,6 +242,12 @@ class Surroundings:
         self.handed_in[0] = hidden
         return self.model(input_ids=tokens, use_cache=False).logits
 
+    def head(self, hidden: Tensor) -> Float[Tensor, "batch sequence vocabulary"]:
+        """The logits of hidden states that leave the last block, differentiable in these."""
+        self.handed_in[0] = hidden.to(self.model.dtype)
+        tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.model.device)
+        return self.model(input_ids=tokens, use_cache=False).logits
+
     def first_arguments(self) -> Arguments:
         """What block 0 is called with, for two tokens; asked before it is known what blocks return."""
         self._look(self._any_tokens(2), self.stand_ins[0])

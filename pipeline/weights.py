@@ -36,13 +36,14 @@ class InspectTask:
         hasher = hashlib.sha256()
         refused = None
         for name in sorted(block_tensors(worker.skeleton, self.block)):
-            tensor = worker.source.read(stored_name(name, worker.source, worker.skeleton.model))
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                count = int((~torch.isfinite(tensor)).sum())
-                refused = refused or f"{name} holds {count} values that are NaN or infinite"
+            pieces = worker.source.pieces(stored_name(name, worker.source, worker.skeleton.model))
+            for piece, tensor in pieces.items():
+                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                    count = int((~torch.isfinite(tensor)).sum())
+                    refused = refused or f"{name}{piece} holds {count} values that are NaN or infinite"
+                hasher.update(f"{name}{piece}:{tensor.dtype}:{list(tensor.shape)};".encode())
+                hasher.update(tensor_bytes(tensor))
             worker.leave_if_asked()
-            hasher.update(f"{name}:{tensor.dtype}:{list(tensor.shape)};".encode())
-            hasher.update(tensor_bytes(tensor))
         result = {"digest": hasher.hexdigest(), "refused": refused}
         Writer(worker.store, self.out).commit(result | {"stamp": worker.stamp()})
         return result

@@ -29,16 +29,30 @@ from pipeline.errors import UserError
 from pipeline.faults import StorageError
 from pipeline.lease import check_same_place, check_term
 from pipeline.model_source import ModelSource, open_model
-from pipeline.skeleton import Arguments, Skeleton, Surroundings, load_block, load_surroundings, make_skeleton
+from pipeline.packed_source import PackedSource, open_packed
+from pipeline.skeleton import (
+    Arguments,
+    Skeleton,
+    Surroundings,
+    load_block,
+    load_surroundings,
+    make_skeleton,
+    stored_name,
+)
 from pipeline.store import StorageFullError, Store, open_store
+from pipeline.tail import Tail, Trainee, local_name
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """One activation object: `file` of a committed artifact, holding a tensor `hidden`, samples × sequence × hidden."""
+    """One activation object: `file` of a committed artifact, holding a tensor `hidden`, samples × sequence × hidden.
+
+    `tensor` names another one in a file of the same kind, such as tokens, samples × sequence.
+    """
 
     artifact: Artifact
     file: str
+    tensor: str = "hidden"
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,7 @@ class ChunkCache:
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
 
     def _read(self, chunk: Chunk) -> Tensor:
-        return read_tensors(self.store, chunk.artifact, chunk.file)["hidden"]
+        return read_tensors(self.store, chunk.artifact, chunk.file)[chunk.tensor]
 
     def prefetch(self, chunks: Iterable[Chunk]) -> None:
         """Begin to read chunks that will be asked for next."""
@@ -125,6 +139,7 @@ class Worker:
         self._arguments: dict[int, list[Arguments]] = {}
         self._block: tuple[int, nn.Module] | None = None
         self._frozen: dict[int, nn.Module] = {}
+        self._tail: Trainee | None = None
         # The optimize stage keeps its block here from one epoch to the next.
         self.held: tuple[str, Any] | None = None
         self.started = time.time()
@@ -134,7 +149,8 @@ class Worker:
     @cached_property
     def source(self) -> ModelSource:
         store = open_store(self.context.model_url, self.context.model_options)
-        return open_model(store, trust_remote_code=self.config.model.trust_remote_code)
+        open_source = open_model if self.config.finetune.blocks is None else open_packed
+        return open_source(store, trust_remote_code=self.config.model.trust_remote_code)
 
     @cached_property
     def skeleton(self) -> Skeleton:
@@ -175,10 +191,36 @@ class Worker:
         """Let go of all other blocks that losses ran."""
         self._frozen = {index: block for index, block in self._frozen.items() if index in needed}
 
+    def trainee(self, index: int) -> Trainee:
+        """What a training unit of block `index` trains: that block, or in a fine-tune all from there on. Kept as `block` is."""
+        if self.config.finetune.blocks is None:
+            return Trainee(self.block(index), self.linears(index), partial(self.arguments, index))
+        if self._tail is None:
+            self._tail = self._make_tail(range(index, len(self.skeleton)))
+        return self._tail
+
+    def _make_tail(self, blocks: range) -> Trainee:
+        assert isinstance(self.source, PackedSource)
+        starts = {}
+        for place, block in enumerate(blocks):
+            for name in self.linears(block):
+                full = f"{self.skeleton.block_prefix(block)}.{name}.weight"
+                weight = self.source.quantized(stored_name(full, self.source, self.skeleton.model))
+                starts[local_name(place, name)] = weight.to(self.device)
+
+        def arguments(sequence_length: int) -> Arguments:
+            return {"each": [self.arguments(block, sequence_length) for block in blocks]}
+
+        around = self.surroundings()
+        # A function and no bound method: copies of the tail share the embeddings and the head.
+        tail = Tail([self.new_block(block) for block in blocks], lambda hidden: around.head(hidden))
+        return Trainee(tail, list(starts), arguments, starts)
+
     def release(self) -> None:
         """Let go of blocks and activations: a stage that comes after them needs the memory."""
         self._block = None
         self._frozen = {}
+        self._tail = None
         self.held = None
         self.chunks.drop_except(set())
 

@@ -12,6 +12,7 @@ from pipeline.config import (
     apply_overrides,
     differing_keys,
     load_config,
+    load_finetune,
     parse_config,
     parse_override,
     valid_keys,
@@ -40,9 +41,24 @@ def write(folder: Path, text: str) -> str:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_shipped_config_parses(path: Path) -> None:
-    config = load_config(str(path), [])
+    fine_tunes = path.name.startswith("finetune-")
+    config = load_finetune("CHECKPOINT", str(path), []) if fine_tunes else load_config(str(path), [])
     assert config.storage.run
+    assert (config.finetune.blocks is not None) == fine_tunes
     assert RunConfig.model_validate(config.model_dump()) == config
+
+
+def test_a_fine_tune_has_its_checkpoint_as_model_and_two_blocks_unless_told(tmp_path: Path) -> None:
+    text = "data: {source: d}\nstorage: {run: r}\n"
+    config = load_finetune("CHECKPOINT", write(tmp_path, text), [])
+    assert (config.model.source, config.finetune.blocks) == ("CHECKPOINT", 2)
+    assert load_finetune("CHECKPOINT", write(tmp_path, text), ["finetune.blocks=5"]).finetune.blocks == 5
+    with pytest.raises(
+        UserError, match=r"model.source is other, but a fine-tune's model is its checkpoint, CHECKPOINT"
+    ):
+        load_finetune("CHECKPOINT", write(tmp_path, text + "model: {source: other}\n"), [])
+    assert "finetune" not in parse_config(tree()).recipe()
+    assert config.recipe()["finetune"] == {"blocks": 2}
 
 
 def test_there_are_shipped_configs() -> None:
