@@ -10,7 +10,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lsi.grid import Grid, QuantizedWeight, fake_quantize, grid_parameters, group_range, quantize, range_of
+from lsi.grid import (
+    Grid,
+    QuantizedWeight,
+    fake_quantize,
+    grid_parameters,
+    group_range,
+    nearest_range,
+    quantize,
+    range_of,
+)
 from lsi.increment import Increment, make_increment
 
 Clipping = Literal["none", "learned", "direct"]
@@ -36,6 +45,12 @@ class LearnedClipping(nn.Module):
     ) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
         return low * self.lower.sigmoid(), high * self.upper.sigmoid()
 
+    @torch.no_grad()
+    def begin(self, factor: Float[Tensor, "out groups"]) -> None:
+        """At bounds that are `factor` of the range, or at the start's where that is more."""
+        for bound in (self.lower, self.upper):
+            bound.copy_(torch.special.logit(factor).clamp(max=CLIPPING_START))
+
 
 class DirectClipping(nn.Module):
     """The bounds' factors themselves, in (0, 1], starting at the full range (SignRound, section 3.2). For signed steps.
@@ -54,6 +69,12 @@ class DirectClipping(nn.Module):
         self, low: Float[Tensor, "out groups"], high: Float[Tensor, "out groups"]
     ) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
         return low * self.lower, high * self.upper
+
+    @torch.no_grad()
+    def begin(self, factor: Float[Tensor, "out groups"]) -> None:
+        """At bounds that are `factor` of the range."""
+        for bound in (self.lower, self.upper):
+            bound.copy_(factor)
 
     @torch.no_grad()
     def project(self) -> None:
@@ -112,6 +133,8 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.grid = grid
         self.start = start
+        # Whether it computes with the weight as it is.
+        self.plain = False
         self.scale_dtype = start.scale.dtype if start else parts.scale_dtype
         weight = start.dequantize() if start else linear.weight.detach().float()
         self.register_buffer("weight", weight, persistent=False)
@@ -153,7 +176,17 @@ class QuantizedLinear(nn.Module):
             scale, zero = grid_parameters(low, high, self.grid, self.scale_dtype)
             return (weight if self.rounding is None else self.rounding(weight, scale)), scale, zero
 
+    @torch.no_grad()
+    def begin_clipping(self, importance: Float[Tensor, " in"]) -> None:
+        """Begin with the bounds that leave the weights nearest, an input channel's error counting as much as `importance`
+        says. Where that is zero everywhere (an expert that no token reached) all channels count the same."""
+        if self.clipping is not None and self.start is None:
+            counted = importance if importance.any() else None
+            self.clipping.begin(nearest_range(self.weight, self.grid, self.scale_dtype, counted))
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.plain:
+            return functional.linear(x, self.weight, self.bias)
         weight, scale, zero = self.transformed()
         return functional.linear(x, fake_quantize(weight, scale, zero, self.grid), self.bias)
 

@@ -37,7 +37,9 @@ def token_losses(
 
     mse: mean squared error over the channels (LSI, OmniQuant). relative: that divided by the target's mean square. The
     norm at the next block's entrance divides every token by its own size, so a relative error is what that block sees;
-    and a few tokens with massive activations (arXiv 2402.17762) do not outweigh all the others by orders of magnitude.
+    and a few tokens with massive activations (arXiv 2402.17762) do not outweigh all the others by orders of magnitude. It
+    grows by its logarithm, log(1 + e): at 2 bits a block may turn a small token into a massive one, with a relative error of
+    thousands, and all steps on its batch would serve that token alone.
 
     `first_token`: what the first token's error counts beside the mean of all. It is the attention sink (arXiv 2309.17453):
     every later token attends to it, some block makes its activations massive, and where an error keeps that from happening
@@ -51,7 +53,7 @@ def token_losses(
         return functional.cross_entropy(logits, tokens, reduction="none").view(len(output), -1)
     error = (output.float() - target.float()).square().mean(-1)
     if kind == "relative":
-        error = error / target.float().square().mean(-1).clamp(min=SMALLEST_SQUARE)
+        error = (error / target.float().square().mean(-1).clamp(min=SMALLEST_SQUARE)).log1p()
     weight = torch.ones(error.shape[1], device=error.device)
     weight[0] += first_token * error.shape[1]
     return error * weight

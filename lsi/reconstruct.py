@@ -21,6 +21,7 @@ from lsi.experts import expert_of
 from lsi.grid import Grid, QuantizedWeight, clip_to_weights
 from lsi.linear import DirectClipping, LearnedRounding, Parts
 from lsi.objective import Frozen, LossKind, Objective, Tokens, products_in
+from lsi.start import Batches, collect_moments
 from lsi.steps import DECAY, Steps, make_optimizer
 
 Result = TypeVar("Result")
@@ -125,6 +126,23 @@ class Reconstruction:
     def _within(self, function: Callable[[], Result]) -> Result:
         """What `function` returns on the block as the equivalent transformation leaves it."""
         return function() if self.equivalence is None else self.equivalence.within(self.block, function)
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the linears' weights are not on a grid already."""
+        return all(linear.start is None for linear in self.linears.values())
+
+    def begin_clipping(self, batches: Batches) -> None:
+        """Let the clipping begin where it changes the linears' outputs least on batches of (inputs, further arguments)."""
+        tokens = dict(self.tokens)
+
+        def begin() -> None:
+            moments = collect_moments(self.block, self.linears, batches, self.method.autocast)
+            for name, linear in self.linears.items():
+                linear.begin_clipping(moments[name])
+
+        self._within(begin)
+        self.tokens = tokens
 
     def step(
         self, inputs: Hidden, targets: Hidden | Tokens, arguments: Mapping[str, Any], frozen: Frozen = NOTHING_FROZEN

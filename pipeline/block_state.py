@@ -15,7 +15,7 @@ from lsi.block import load_quantized
 from lsi.equivalence import load_tensors
 from lsi.grid import QuantizedWeight
 from lsi.increment import DEFAULT_LEARNING_RATE
-from lsi.reconstruct import Method, Reconstruction
+from lsi.reconstruct import Method, Reconstruction, part_of
 from pipeline.activations import quantize_activations
 from pipeline.config import RunConfig
 from pipeline.worker import Context, Worker
@@ -111,13 +111,26 @@ def result_of(reconstruction: Reconstruction, dtype: torch.dtype) -> BlockResult
     return BlockResult(reconstruction.quantized(), folded)
 
 
+STARTED = ("clipping", "equivalence")
+
+
 @dataclass
 class Trained:
-    """A block in training, and the result it began with: round-to-nearest, from which nothing is folded yet, or in a
-    fine-tune the checkpoint's own."""
+    """A block in training, and the result it began with.
+
+    `begun`: the parameters that had their first values from the inputs, by name, and those values.
+    """
 
     reconstruction: Reconstruction
     initial: BlockResult
+    begun: dict[str, Tensor] = field(default_factory=dict)
+
+
+def note_begun(trained: Trained, dtype: torch.dtype) -> None:
+    """Take the present state, before the first step, as the one that training began with."""
+    parameters = trained.reconstruction.parameters.items()
+    trained.begun = {name: p.detach().clone() for name, p in parameters if part_of(name) in STARTED}
+    trained.initial = result_of(trained.reconstruction, dtype)
 
 
 @dataclass
@@ -162,7 +175,8 @@ def begin(worker: Worker, block: int) -> Trained:
 def pack_state(trained: Trained, best: Best | None) -> dict[str, Tensor]:
     """All that training goes on from. Views where the block is on the CPU: write them before the next step."""
     state = {f"state/{name}": tensor.cpu() for name, tensor in trained.reconstruction.export_state().items()}
-    return state | (best.tensors() if best else {})
+    begun = {f"begun/{name}": tensor.cpu() for name, tensor in trained.begun.items()}
+    return state | begun | (best.tensors() if best else {})
 
 
 def unpack_state(
@@ -170,6 +184,11 @@ def unpack_state(
 ) -> tuple[Trained, Best | None]:
     """The inverse of `pack_state`; `best` is what `Best.meta` gave."""
     trained = begin(worker, block)
+    if begun := under("begun/", tensors):
+        with torch.no_grad():
+            for name, value in begun.items():
+                trained.reconstruction.parameters[name].copy_(value)
+        note_begun(trained, worker.context.dtype)
     trained.reconstruction.import_state(under("state/", tensors))
     return trained, Best.unpack(best, tensors)
 

@@ -113,6 +113,10 @@ class MethodConfig(Section):
     clipping: Literal["learned", "direct", "none"] = Field(
         "learned", description="clipping bounds: learned through a sigmoid (LWC), directly (for signed steps), or none"
     )
+    clipping_start: Literal["search", "range"] = Field(
+        "search",
+        description="where the bounds begin: at the shrunken range that changes a linear's outputs least, or at the full range (OmniQuant)",
+    )
     rounding: Literal["learned", "none"] = Field(
         "none", description="learned: an offset within half a step for every weight, added before rounding"
     )

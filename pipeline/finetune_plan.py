@@ -23,7 +23,7 @@ from pipeline.worker import Chunk
 
 # Settings of blocks that are trained towards full-precision ones: they mean nothing here.
 IDLE = {
-    "method": ("loss", "first_token", "equivalence", "shifts", "look_ahead", "quantized_stream_loss"),
+    "method": ("loss", "first_token", "clipping_start", "equivalence", "shifts", "look_ahead", "quantized_stream_loss"),
     "schedule": tuple(ScheduleConfig.model_fields),
 }
 BITS = (2, 3, 4, 8)

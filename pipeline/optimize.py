@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -33,6 +34,7 @@ from pipeline.block_state import (
     Trained,
     begin,
     make_method,
+    note_begun,
     number,
     pack_state,
     result_of,
@@ -45,6 +47,8 @@ from pipeline.worker import Chunk, Worker
 from pipeline.write_behind import behind
 
 STATE_FILE = "state.safetensors"
+# Second moments settle quickly; the clipping's start is taken from so many sequences, or the chunks that hold them.
+START_SAMPLES = 16
 
 Comparison = Literal["none", "begins", "goes_on"]
 BlockStatus = Literal["ok", "non_finite", "fallback"]
@@ -115,24 +119,36 @@ class TrainTask:
     def _begin(self, worker: Worker) -> Epoch:
         """At the epoch's first step."""
         trained, best, history = self._take_up(worker)
+        if self.previous is None:
+            self._start(worker, trained)
         if self.comparison == "begins":
             initial = self._measure(worker, trained.initial, None, worker.leave_if_asked)
             best = Best("initial", initial, None, initial)
-        equivalence = trained.reconstruction.equivalence
-        if self.previous is None and equivalence and worker.config.method.equivalence_start == "smoothquant":
-            self._smooth(worker, equivalence)
         return Epoch(trained, best, history, [])
+
+    def _start(self, worker: Worker, trained: Trained) -> None:
+        """Let begin what has its first values from the inputs."""
+        method, reconstruction = worker.config.method, trained.reconstruction
+        equivalence = reconstruction.equivalence if method.equivalence_start == "smoothquant" else None
+        search = method.clipping != "none" and method.clipping_start == "search" and reconstruction.fresh
+        if equivalence:
+            self._smooth(worker, equivalence)
+        if search:
+            chunks = -(-START_SAMPLES // worker.config.storage.chunk_samples)
+            reconstruction.begin_clipping(islice(self._batches_of_inputs(worker), chunks))
+        if equivalence or search:
+            note_begun(trained, worker.context.dtype)
 
     def _smooth(self, worker: Worker, equivalence: Equivalence) -> None:
         """Start the equivalent transformation from the ranges of its inputs, as SmoothQuant does."""
         block = worker.block(self.block)
+        equivalence.start(block, collect_ranges(block, equivalence.pairs, self._batches_of_inputs(worker)))
 
-        def batches() -> Iterator[tuple[Tensor, Arguments]]:
-            for _, inputs, _ in self._pass(worker):
-                worker.leave_if_asked()
-                yield inputs, worker.arguments(self.block, inputs.shape[1])
-
-        equivalence.start(block, collect_ranges(block, equivalence.pairs, batches()))
+    def _batches_of_inputs(self, worker: Worker) -> Iterator[tuple[Tensor, Arguments]]:
+        """All inputs in their order, with what the block is called with besides."""
+        for _, inputs, _ in self._pass(worker):
+            worker.leave_if_asked()
+            yield inputs, worker.arguments(self.block, inputs.shape[1])
 
     def _take_up(self, worker: Worker) -> tuple[Trained, Best | None, list[dict[str, Any]]]:
         """The block after the epoch before: still held by this worker, or rebuilt from its committed state."""

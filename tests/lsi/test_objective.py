@@ -53,7 +53,7 @@ def itself(task: Task) -> Frozen:
 def relative(output: Tensor, target: Tensor) -> Tensor:
     """The relative loss written out in float64."""
     error = (output.double() - target.double()).square().mean(-1)
-    return error / target.double().square().mean(-1)
+    return (error / target.double().square().mean(-1)).log1p()
 
 
 def rounded(reconstruction: Reconstruction, task: Task) -> Tensor:

@@ -124,7 +124,17 @@ def test_losses_are_means_over_channels_in_float32() -> None:
     plain = token_losses(output, target, "mse")
     assert plain.dtype == torch.float32
     assert plain.tolist() == [[2.5, 45000.0]]
-    assert token_losses(output, target, "relative").tolist() == [[2.5 / 8, 45000.0 / 80000]]
+    expected = torch.tensor([[2.5 / 8, 45000.0 / 80000]]).log1p()
+    assert torch.equal(token_losses(output, target, "relative"), expected)
+
+
+def test_a_token_that_became_massive_does_not_outweigh_the_others() -> None:
+    """A relative error of 10,000 pulls at its own outputs no more than one of 1 does at its."""
+    output = torch.tensor([[[101.0] * 4, [2.0] * 4]], requires_grad=True)
+    loss = token_losses(output, torch.ones(1, 2, 4), "relative").sum()
+    (gradient,) = torch.autograd.grad(loss, output)
+    assert loss < 10
+    assert gradient[0, 0].abs().max() < gradient[0, 1].abs().max()
 
 
 def test_the_relative_loss_does_not_depend_on_a_tokens_size() -> None:

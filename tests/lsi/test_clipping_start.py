@@ -1,0 +1,99 @@
+"""Where clipping begins: the range that changes a linear's outputs least, found again by trying, and better than the full one."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from material import NAMES, make_layer, make_task
+from torch import Tensor, nn
+
+from lsi.block import run_block
+from lsi.grid import SHRINKING, Grid, fake_quantize, grid_parameters, group_range, nearest_range
+from lsi.increment import Increment
+from lsi.linear import CLIPPING_START, Clipping, Parts, QuantizedLinear
+from lsi.reconstruct import Method, Reconstruction
+
+METHOD = Method(
+    grid=Grid(2, 32, symmetric=False),
+    parts=Parts("direct", Increment("none"), True, torch.float32),
+    rates={"clipping": 1e-2, "rounding": 1e-2, "equivalence": 5e-3},
+    total_steps=8,
+    steps="signed",
+)
+
+
+def material(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A weight with heavy tails, and second moments that differ by orders of magnitude."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(12, 64, generator=generator) * torch.randn(12, 64, generator=generator)
+    return weight, torch.randn(64, generator=generator).mul(2).exp()
+
+
+@pytest.mark.parametrize("importance", ["even", "uneven"])
+@pytest.mark.parametrize("grid", [Grid(2, 16, False), Grid(3, None, True)], ids=str)
+def test_the_nearest_range_is_the_best_of_all_that_are_tried(grid: Grid, importance: str) -> None:
+    weight, moments = material()
+    moments = torch.ones(64) if importance == "even" else moments
+    found = nearest_range(weight, grid, torch.bfloat16, moments)
+    groups = grid.groups(64)
+    low, high = group_range(weight.view(12, groups, -1))
+
+    def errors(factor: float) -> Tensor:
+        scale, zero = grid_parameters(low * factor, high * factor, grid, torch.bfloat16)
+        error = (fake_quantize(weight, scale, zero, grid) - weight).square() * moments
+        return error.view(12, groups, -1).sum(-1)
+
+    table = torch.stack([errors(factor) for factor in SHRINKING])
+    assert torch.equal(found, torch.tensor(SHRINKING)[table.argmin(0)])
+    assert torch.equal(
+        nearest_range(weight, grid, torch.bfloat16), nearest_range(weight, grid, torch.bfloat16, torch.ones(64))
+    )
+
+
+@pytest.mark.parametrize("clipping", ["learned", "direct"])
+def test_bounds_begin_at_the_range_that_was_found(clipping: Clipping) -> None:
+    weight, moments = material()
+    linear = nn.Linear(64, 12, bias=False)
+    linear.weight.data = weight
+    quantized = QuantizedLinear(linear, METHOD.grid, replace(METHOD.parts, clipping=clipping))
+    quantized.begin_clipping(moments)
+    assert quantized.clipping is not None
+    factor = nearest_range(weight, METHOD.grid, torch.float32, moments)
+    lower, upper = quantized.clipping(torch.ones_like(factor), torch.ones_like(factor))
+    assert torch.equal(lower, upper)
+    largest = torch.tensor(CLIPPING_START).sigmoid() if clipping == "learned" else torch.tensor(1.0)
+    torch.testing.assert_close(lower, factor.minimum(largest))
+
+
+@pytest.mark.parametrize("equivalence", [(), ("norm",)], ids=str)
+def test_a_block_begins_nearer_to_full_precision(equivalence: tuple[str, ...]) -> None:
+    """With an equivalent transformation too, whose inputs and weights are what counts."""
+    task = make_task()
+    plain = Reconstruction(make_layer(), NAMES, replace(METHOD, equivalence=equivalence))
+    begun = Reconstruction(make_layer(), NAMES, replace(METHOD, equivalence=equivalence))
+    if begun.equivalence is not None:
+        for way in (plain, begun):
+            assert way.equivalence is not None
+            for parameter in way.equivalence.parameters():
+                parameter.data += torch.linspace(-1, 1, parameter.numel())
+    begun.begin_clipping([(task.inputs, task.arguments)])
+    losses = [way.step(task.inputs, task.targets, task.arguments) for way in (plain, begun)]
+    assert losses[1] < 0.9 * losses[0]
+
+
+def test_nothing_else_changes() -> None:
+    """The block computes as before with the bounds put back, and experts' counts are of steps alone."""
+    task = make_task()
+    way = Reconstruction(make_layer(), NAMES, METHOD)
+    before = {name: value.clone() for name, value in way.parameters.items()}
+    expected = run_block(copy.deepcopy(way.block), task.inputs, task.arguments)
+    way.begin_clipping([(task.inputs, task.arguments)])
+    assert any(not torch.equal(before[name], value) for name, value in way.parameters.items() if ".clipping." in name)
+    assert all(torch.equal(before[name], value) for name, value in way.parameters.items() if ".clipping." not in name)
+    with torch.no_grad():
+        for name, value in before.items():
+            way.parameters[name].copy_(value)
+    assert torch.equal(run_block(way.block, task.inputs, task.arguments), expected)
