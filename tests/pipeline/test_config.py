@@ -53,7 +53,9 @@ def test_a_fine_tune_has_its_checkpoint_as_model_and_two_blocks_unless_told(tmp_
     config = load_finetune("CHECKPOINT", write(tmp_path, text), [])
     assert (config.model.source, config.finetune.blocks) == ("CHECKPOINT", 2)
     assert load_finetune("CHECKPOINT", write(tmp_path, text), ["finetune.blocks=5"]).finetune.blocks == 5
-    with pytest.raises(UserError, match=r"model.source is other, but a fine-tune's model is its checkpoint, CHECKPOINT"):
+    with pytest.raises(
+        UserError, match=r"model.source is other, but a fine-tune's model is its checkpoint, CHECKPOINT"
+    ):
         load_finetune("CHECKPOINT", write(tmp_path, text + "model: {source: other}\n"), [])
     assert "finetune" not in parse_config(tree()).recipe()
     assert config.recipe()["finetune"] == {"blocks": 2}
