@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from typing import Any
@@ -34,14 +35,36 @@ def get_linear(block: nn.Module, name: str) -> nn.Linear:
     return linear
 
 
-def replace_linears(block: nn.Module, names: list[str], grid: Grid, parts: Parts) -> dict[str, QuantizedLinear]:
+def replace_linears(
+    block: nn.Module, names: list[str], grid: Grid, parts: Parts, *, recompute: bool = True
+) -> dict[str, QuantizedLinear]:
     """Put trainable quantized linears in the place of the named ones, freeze the rest, and return them by name."""
     block.requires_grad_(False)
     replaced = {}
     for name in names:
-        replaced[name] = QuantizedLinear(get_linear(block, name), grid, parts)
+        replaced[name] = QuantizedLinear(get_linear(block, name), grid, parts, recompute=recompute)
         block.set_submodule(name, replaced[name])
     return replaced
+
+
+def sharing_copy(block: nn.Module) -> nn.Module:
+    """A block whose modules and parameters are its own and whose numbers are the other's: put new tensors in the place of
+    old ones, as `load_quantized` does, and never write into these."""
+    memo: dict[int, Tensor] = {id(t): t.detach() for t in block.buffers()}
+    memo |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in block.parameters()}
+    copied: nn.Module = copy.deepcopy(block, memo)
+    return copied
+
+
+@torch.no_grad()
+def widen_rest(block: nn.Module) -> None:
+    """Everything but the weights of quantized linears in float32: it is small, and they are widened one by one."""
+    for module in block.modules():
+        if not isinstance(module, QuantizedLinear):
+            for tensors in (module._parameters, module._buffers):
+                for tensor in tensors.values():
+                    if tensor is not None and tensor.is_floating_point():
+                        tensor.data = tensor.float()
 
 
 def run_block(block: nn.Module, hidden: Hidden, arguments: Mapping[str, Any]) -> Hidden:
@@ -59,9 +82,13 @@ def trainable(linears: Mapping[str, QuantizedLinear]) -> Iterator[tuple[str, nn.
 
 @torch.no_grad()
 def load_quantized(block: nn.Module, weights: Mapping[str, QuantizedWeight]) -> None:
-    """Write W_hat into a plain block's linears, rounded to their dtype: what a loader of the checkpoint computes with."""
+    """Give W_hat to a plain block's linears, rounded to their dtype: what a loader of the checkpoint computes with.
+
+    The former weights are let go of, not written over: others may hold them.
+    """
     for name, quantized in weights.items():
-        get_linear(block, name).weight.copy_(quantized.dequantize())
+        weight = get_linear(block, name).weight
+        weight.data = quantized.dequantize(weight.dtype).to(weight.device)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lsi.block import Hidden, replace_linears, run_block, trainable
+from lsi.block import Hidden, replace_linears, run_block, trainable, widen_rest
 from lsi.equivalence import Equivalence
 from lsi.experts import expert_of
 from lsi.grid import Grid, QuantizedWeight, clip_to_weights
@@ -38,7 +38,7 @@ class Method:
     `rates`: learning rate of each part, by its name (clipping, increment, rounding, equivalence). `equivalence`: kinds of
     `lsi.pairs.KINDS`, none for no equivalent transformation, with shifts where biases take them up. `autocast`: dtype of
     the products, None for the block's own. fewest_tokens: an expert of a mixture that sees fewer in all steps is clipped
-    without data.
+    without data. recompute: keep no weight-sized tensor between the passes, at the same result.
     """
 
     grid: Grid
@@ -52,6 +52,7 @@ class Method:
     equivalence: tuple[str, ...] = ()
     shifts: bool = False
     fewest_tokens: int = 0
+    recompute: bool = True
 
 
 def token_losses(
@@ -85,13 +86,14 @@ class Reconstruction:
 
     def __init__(self, block: nn.Module, names: list[str], method: Method) -> None:
         self.method = method
-        self.block = block.float()
+        self.block = block
         self.equivalence = None
         if method.equivalence:
             self.equivalence = Equivalence(
                 self.block, method.equivalence, shifts=method.shifts, dtype=method.parts.scale_dtype
             )
-        self.linears = replace_linears(self.block, names, method.grid, method.parts)
+        self.linears = replace_linears(self.block, names, method.grid, method.parts, recompute=method.recompute)
+        widen_rest(self.block)
         self.experts = {name: expert for name in sorted(names) if (expert := expert_of(self.block, name))}
         self.tokens = dict.fromkeys(self.experts, 0)
         for name in self.experts:
@@ -144,11 +146,8 @@ class Reconstruction:
             return math.nan
         for group in self.optimizer.param_groups:
             group["lr"] = group["base"] * DECAY[self.method.steps](self.steps_done, self.method.total_steps)
-        self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
-            output = self._within(lambda: run_block(self.block, inputs.float(), arguments))
-        loss = token_losses(output, targets, self.method.loss, self.method.first_token).mean()
-        loss.backward()
+        # The backward pass is within, too: it computes parts of the forward pass again.
+        loss = self._within(lambda: self._backward(inputs, targets, arguments))
         for parameter in self.parameters.values():
             # A linear that the batch does not reach (an expert) takes part with zeros: one step count serves all.
             if parameter.grad is None:
@@ -159,7 +158,17 @@ class Reconstruction:
             self.steps_done += 1
         else:
             self.status = "non_finite"
+        # They are as large as what is trained, and nobody reads them after the step.
+        self.optimizer.zero_grad(set_to_none=True)
         return loss.item()
+
+    def _backward(self, inputs: Hidden, targets: Hidden, arguments: Mapping[str, Any]) -> Tensor:
+        """Add a loss's gradients to the parameters'. Returns the loss."""
+        with self._autocast():
+            output = run_block(self.block, inputs.float(), arguments)
+        loss = token_losses(output, targets, self.method.loss, self.method.first_token).mean()
+        loss.backward()
+        return loss.detach()
 
     def _project(self) -> None:
         for linear in self.linears.values():
@@ -176,6 +185,10 @@ class Reconstruction:
         """Codes, scales and zero points of the present parameters, by linear name."""
         few = set(self.untrained_experts())
         return self._within(lambda: {n: self._quantized(n, clip=self.experts.get(n) in few) for n in self.linears})
+
+    def grids(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Scales and zero points of the present parameters, by linear name."""
+        return self._within(lambda: {name: linear.present_grid() for name, linear in self.linears.items()})
 
     def _quantized(self, name: str, *, clip: bool) -> QuantizedWeight:
         linear = self.linears[name]

@@ -64,6 +64,18 @@ def steps(reconstruction: Reconstruction, numbers: range) -> list[float]:
     return [step(reconstruction, make_task(seed=number)) for number in numbers]
 
 
+def gradients_of(reconstruction: Reconstruction) -> dict[str, Tensor]:
+    """What the optimizer gets at each step: nobody holds it afterwards."""
+    seen: dict[str, Tensor] = {}
+
+    def note(*_: object) -> None:
+        seen.update({name: p.grad.clone() for name, p in reconstruction.parameters.items() if p.grad is not None})
+
+    assert reconstruction.optimizer is not None
+    reconstruction.optimizer.register_step_pre_hook(note)
+    return seen
+
+
 def snapshot(reconstruction: Reconstruction) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in reconstruction.export_state().items()}
 
@@ -157,15 +169,15 @@ def test_steps_are_adam_without_decay_under_the_cosine(way: str) -> None:
     """The update written out, in float64, from the gradients that each step leaves."""
     method = WAYS[way]
     reconstruction = begin(method)
+    gradients = gradients_of(reconstruction)
     values = {name: parameter.detach().double() for name, parameter in reconstruction.parameters.items()}
     start = dict(values)
     first = {name: torch.zeros_like(value) for name, value in values.items()}
     second = {name: torch.zeros_like(value) for name, value in values.items()}
     for number in range(3):
         steps(reconstruction, range(number, number + 1))
-        for name, parameter in reconstruction.parameters.items():
-            assert parameter.grad is not None
-            gradient = parameter.grad.double()
+        for name in reconstruction.parameters:
+            gradient = gradients[name].double()
             first[name] = 0.9 * first[name] + 0.1 * gradient
             second[name] = 0.999 * second[name] + 0.001 * gradient**2
             rate = method.rates["clipping" if ".clipping." in name else "increment"]
@@ -180,12 +192,12 @@ def test_steps_are_adam_without_decay_under_the_cosine(way: str) -> None:
 def test_signed_steps_go_against_the_sign_along_a_straight_line() -> None:
     method = WAYS["signed: clipping and rounding"]
     reconstruction = begin(method)
+    gradients = gradients_of(reconstruction)
     values = {name: parameter.detach().clone() for name, parameter in reconstruction.parameters.items()}
     for number in range(3):
         steps(reconstruction, range(number, number + 1))
-        for name, parameter in reconstruction.parameters.items():
-            assert parameter.grad is not None
-            values[name] -= 5e-2 * (1 - number / method.total_steps) * parameter.grad.sign()
+        for name in reconstruction.parameters:
+            values[name] -= 5e-2 * (1 - number / method.total_steps) * gradients[name].sign()
             if ".clipping." in name:
                 values[name].clamp_(0.05, 1)
     for name, parameter in reconstruction.parameters.items():
@@ -221,6 +233,19 @@ def test_training_changes_nothing_but_its_parameters() -> None:
     assert sorted(expected) == ["input_layernorm.weight", "post_attention_layernorm.weight"]
     for name, tensor in expected.items():
         assert_same(layer.state_dict()[name], tensor)
+
+
+def test_gradients_do_not_outlive_the_step() -> None:
+    reconstruction = begin()
+    steps(reconstruction, range(2))
+    assert all(parameter.grad is None for parameter in reconstruction.parameters.values())
+
+
+@WAY
+def test_recomputing_changes_no_bit(way: str) -> None:
+    kept, recomputed = begin(replace(WAYS[way], recompute=False)), begin(WAYS[way])
+    assert steps(recomputed, range(3)) == steps(kept, range(3))
+    assert_same_result(recomputed, kept)
 
 
 def test_no_step_after_the_last_one() -> None:
@@ -352,6 +377,7 @@ def test_a_half_precision_block_is_trained_in_float32() -> None:
     reference = Reconstruction(copy.deepcopy(layer).float(), NAMES, METHOD)
     reconstruction = Reconstruction(layer, NAMES, METHOD)
     assert {parameter.dtype for parameter in reconstruction.block.parameters()} == {torch.float32}
+    assert {linear.weight.dtype for linear in reconstruction.linears.values()} == {torch.bfloat16}
     assert steps(reconstruction, range(2)) == steps(reference, range(2))
     assert_same_result(reconstruction, reference)
 
