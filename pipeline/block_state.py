@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsi.block import load_quantized
+from lsi.block import get_linear, load_quantized, sharing_copy
 from lsi.equivalence import load_tensors
-from lsi.grid import QuantizedWeight
+from lsi.grid import QuantizedWeight, quantize
 from lsi.increment import DEFAULT_LEARNING_RATE
+from lsi.linear import widened
 from lsi.reconstruct import Method, Reconstruction
 from pipeline.config import RunConfig
 from pipeline.worker import Context, Worker
@@ -58,6 +58,7 @@ def make_method(context: Context) -> Method:
         equivalence=config.method.equivalence_kinds,
         shifts=config.method.shifts,
         fewest_tokens=config.method.expert_tokens * config.optimizer.epochs,
+        recompute=config.compute.recompute,
     )
 
 
@@ -70,7 +71,7 @@ class BlockResult:
     folded: Mapping[str, Tensor] = field(default_factory=dict)
 
     def load(self, block: nn.Module) -> None:
-        """Write it into a plain block: what a loader of the checkpoint computes with."""
+        """Give it to a plain block: what a loader of the checkpoint computes with."""
         load_tensors(block, self.folded)
         load_quantized(block, self.weights)
 
@@ -101,10 +102,25 @@ def result_of(reconstruction: Reconstruction, dtype: torch.dtype) -> BlockResult
 
 @dataclass
 class Trained:
-    """A block in training, and the result it began with: round-to-nearest, from which nothing is folded yet."""
+    """A block in training, and the grids of the linears it began with, before anything was trained or folded."""
 
     reconstruction: Reconstruction
-    initial: BlockResult
+    grids: Mapping[str, tuple[Tensor, Tensor]]
+
+    def initial(self, worker: Worker, block: int) -> BlockResult:
+        """The result it began with. Its codes are as many as the weights, and soon made again: they are not kept."""
+        plain, method = worker.block(block), self.reconstruction.method
+        weights = {
+            name: quantize(
+                widened(get_linear(plain, name).weight),
+                scale.float(),
+                zero.float(),
+                method.grid,
+                method.parts.scale_dtype,
+            )
+            for name, (scale, zero) in self.grids.items()
+        }
+        return BlockResult(weights)
 
 
 @dataclass
@@ -139,9 +155,10 @@ class Best:
 
 def begin(worker: Worker, block: int) -> Trained:
     """A block at the start of its training."""
-    own: nn.Module = copy.deepcopy(worker.block(block))
-    reconstruction = Reconstruction(own, worker.linears(block), make_method(worker.context))
-    return Trained(reconstruction, BlockResult(reconstruction.quantized()))
+    reconstruction = Reconstruction(
+        sharing_copy(worker.block(block)), worker.linears(block), make_method(worker.context)
+    )
+    return Trained(reconstruction, reconstruction.grids())
 
 
 def pack_state(trained: Trained, best: Best | None) -> dict[str, Tensor]:

@@ -197,14 +197,25 @@ class ClusterConfig(Section):
     )
 
 
+# Of `compute`: what moves work and memory about and changes no bit of any result.
+SAME_BYTES = ("recompute",)
+
+
 class ComputeConfig(Section):
-    """What changes sums, and is therefore part of every content address."""
+    """How it is computed. What changes sums is part of every content address."""
 
     device: Literal["cpu", "cuda"] = Field("cpu")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="products in training; auto: bfloat16 where the hardware multiplies it natively"
     )
     threads: int = Field(1, ge=1, description="CPU threads of each actor")
+    recompute: bool = Field(
+        True, description="compute what quantizes a weight again in the backward pass: one linear at a time in memory"
+    )
+
+    def address(self) -> dict[str, Any]:
+        """What of it decides bytes."""
+        return {key: value for key, value in self.model_dump(mode="json").items() if key not in SAME_BYTES}
 
 
 class StorageConfig(Section):
@@ -291,6 +302,7 @@ class RunConfig(Section):
         """All that decides the weights' bytes; where it runs, where it is stored and what it is measured on are left out."""
         whole = self.model_dump(mode="json")
         del whole["cluster"], whole["outputs"], whole["evaluation"]
+        whole["compute"] = self.compute.address()
         whole["storage"] = {"chunk_samples": self.storage.chunk_samples}
         return whole
 

@@ -10,7 +10,6 @@ round-to-nearest; otherwise it becomes round-to-nearest, which needs no data. Ei
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lsi.block import round_block, run_block
+from lsi.block import round_block, run_block, sharing_copy
 from lsi.equivalence import Equivalence, collect_ranges
 from lsi.reconstruct import token_losses
 from pipeline.artifacts import Artifact, Writer, intact, read_record, read_tensors
@@ -110,7 +109,7 @@ class TrainTask:
         """At the epoch's first step."""
         trained, best, history = self._take_up(worker)
         if self.comparison == "begins":
-            initial = self._measure(worker, trained.initial, None, worker.leave_if_asked)
+            initial = self._measure(worker, trained.initial(worker, self.block), None, worker.leave_if_asked)
             best = Best("initial", initial, None, initial)
         equivalence = trained.reconstruction.equivalence
         if self.previous is None and equivalence and worker.config.method.equivalence_start == "smoothquant":
@@ -132,13 +131,13 @@ class TrainTask:
         """The block after the epoch before: still held by this worker, or rebuilt from its committed state."""
         # Let go of it at once: training changes it, and a unit that fails half-way must start from the committed state.
         held, worker.held = worker.held, None
-        if self.previous is None:
-            return begin(worker, self.block), None, []
-        record = read_record(worker.store, self.previous)
-        if held is not None and held[0] == self.previous.key and record is not None:
+        record = read_record(worker.store, self.previous) if self.previous else None
+        if held is not None and record is not None and self.previous and held[0] == self.previous.key:
             trained, best = held[1]
             return trained, best, record.meta["history"]
-        del held
+        del held  # before there is another block beside it
+        if self.previous is None:
+            return begin(worker, self.block), None, []
         tensors = read_tensors(worker.store, self.previous, STATE_FILE)
         assert record is not None, "read_tensors refuses what has no record"
         return *unpack_state(worker, self.block, tensors, record.meta["best"]), record.meta["history"]
@@ -189,7 +188,7 @@ class TrainTask:
                 best, status = self._or_rounded(worker, best, pause)
             if best and stream and self.quantized and best.result is not now:
                 # The last stream is the result's, and the result is another state.
-                self._measure(worker, best.result or trained.initial, stream, pause)
+                self._measure(worker, best.result or trained.initial(worker, self.block), stream, pause)
         if stream:
             stream.commit({"loss": loss and number(loss), "stamp": worker.stamp()})
         history = [*epoch.history, self._entry(worker, epoch, loss)]
@@ -230,7 +229,7 @@ class TrainTask:
 
         `pause` is called between chunks, and may raise.
         """
-        block = copy.deepcopy(worker.block(self.block))
+        block = sharing_copy(worker.block(self.block))
         result.load(block)
         error, count = 0.0, 0
         method = worker.config.method
@@ -271,7 +270,7 @@ class TrainTask:
     ) -> dict[str, Any]:
         reason = None if status == "ok" else f"not finite after {trained.reconstruction.steps_done} training steps"
         meta = {"block": self.block, "status": status, "reason": reason, **best.meta(), "history": history}
-        result = best.result or trained.initial
+        result = best.result or trained.initial(worker, self.block)
         if result.folded:
             meta["folded"] = sorted(result.folded)
         writer = Writer(worker.store, out)
