@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lsi.grid import Grid, QuantizedWeight, round_to_nearest
 from lsi.linear import Parts, QuantizedLinear
@@ -36,13 +38,16 @@ def get_linear(block: nn.Module, name: str) -> nn.Linear:
 
 
 def replace_linears(
-    block: nn.Module, names: list[str], grid: Grid, parts: Parts, *, recompute: bool = True
+    block: nn.Module, names: list[str], grid: Grid, parts: Parts, **settings: Any
 ) -> dict[str, QuantizedLinear]:
-    """Put trainable quantized linears in the place of the named ones, freeze the rest, and return them by name."""
+    """Put trainable quantized linears in the place of the named ones, freeze the rest, and return them by name.
+
+    `settings` are further ones of `QuantizedLinear`.
+    """
     block.requires_grad_(False)
     replaced = {}
     for name in names:
-        replaced[name] = QuantizedLinear(get_linear(block, name), grid, parts, recompute=recompute)
+        replaced[name] = QuantizedLinear(get_linear(block, name), grid, parts, **settings)
         block.set_submodule(name, replaced[name])
     return replaced
 
@@ -54,6 +59,13 @@ def sharing_copy(block: nn.Module) -> nn.Module:
     memo |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in block.parameters()}
     copied: nn.Module = copy.deepcopy(block, memo)
     return copied
+
+
+def checkpoint_parts(block: nn.Module) -> None:
+    """Let attention and feed-forward part keep only their inputs for the backward pass, and be run again there."""
+    for part in block.children():
+        if any(isinstance(module, QuantizedLinear) for module in part.children()):
+            part.forward = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 @torch.no_grad()

@@ -65,6 +65,11 @@ class QuantizedWeight:
         return result.view(out, -1)
 
 
+def widened(weight: Tensor) -> Tensor:
+    """In float32 at least; exact, and the tensor itself if it is that already."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
 def straight_through(value: Tensor, rounded: Tensor) -> Tensor:
     """`rounded` in the forward pass, the gradient of `value` in the backward pass."""
     return value + (rounded - value).detach()

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from lsi.grid import Grid, QuantizedWeight, fake_quantize, grid_parameters, group_range, quantize
+from lsi.factors import Factorizer, factors_of
+from lsi.grid import Grid, QuantizedWeight, fake_quantize, grid_parameters, group_range, quantize, widened
 from lsi.increment import Increment, make_increment
 
 Clipping = Literal["none", "learned", "direct"]
@@ -91,11 +92,6 @@ class Parts:
     scale_dtype: torch.dtype
 
 
-def widened(weight: Tensor) -> Tensor:
-    """In float32 at least; exact, and the tensor itself if it is that already."""
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))
-
-
 class QuantizedLinear(nn.Module):
     """y = x · W_hatᵀ + b with W_hat from the increment, the clipping, the rounding and the grid.
 
@@ -109,7 +105,15 @@ class QuantizedLinear(nn.Module):
     weight: Float[Tensor, "out in"]
     bias: Float[Tensor, " out"] | None
 
-    def __init__(self, linear: nn.Linear, grid: Grid, parts: Parts, *, recompute: bool = True) -> None:
+    def __init__(
+        self,
+        linear: nn.Linear,
+        grid: Grid,
+        parts: Parts,
+        *,
+        recompute: bool = True,
+        factorizer: Factorizer = factors_of,
+    ) -> None:
         super().__init__()
         self.grid = grid
         self.recompute = recompute
@@ -121,7 +125,8 @@ class QuantizedLinear(nn.Module):
         bounds = CLIPPINGS.get(parts.clipping)
         self.clipping = bounds(weight.shape[0], self.groups, weight.device) if bounds else None
         low, high = group_range(self._grouped(weight))
-        self.increment = make_increment(parts.increment, weight, grid_parameters(low, high, grid, parts.scale_dtype)[0])
+        step = grid_parameters(low, high, grid, parts.scale_dtype)[0]
+        self.increment = make_increment(parts.increment, weight, step, factorizer)
         self.rounding = LearnedRounding(weight) if parts.rounding else None
 
     def _grouped(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out groups size"]:

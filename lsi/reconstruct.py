@@ -17,9 +17,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lsi.block import Hidden, replace_linears, run_block, trainable, widen_rest
+from lsi.block import Hidden, checkpoint_parts, replace_linears, run_block, trainable, widen_rest
 from lsi.equivalence import Equivalence
 from lsi.experts import expert_of
+from lsi.factors import Factorizer, factors_of
 from lsi.grid import Grid, QuantizedWeight, clip_to_weights
 from lsi.linear import DirectClipping, LearnedRounding, Parts
 from lsi.steps import DECAY, Steps, make_optimizer
@@ -38,7 +39,10 @@ class Method:
     `rates`: learning rate of each part, by its name (clipping, increment, rounding, equivalence). `equivalence`: kinds of
     `lsi.pairs.KINDS`, none for no equivalent transformation, with shifts where biases take them up. `autocast`: dtype of
     the products, None for the block's own. fewest_tokens: an expert of a mixture that sees fewer in all steps is clipped
-    without data. recompute: keep no weight-sized tensor between the passes, at the same result.
+    without data.
+
+    recompute: keep no weight-sized tensor between the passes, at the same result. checkpoint: run attention and feed-forward
+    part again in the backward pass, at the same result. micro_batch: sequences at once within a step; None: all.
     """
 
     grid: Grid
@@ -53,6 +57,8 @@ class Method:
     shifts: bool = False
     fewest_tokens: int = 0
     recompute: bool = True
+    checkpoint: bool = False
+    micro_batch: int | None = None
 
 
 def token_losses(
@@ -82,9 +88,9 @@ def part_of(parameter: str) -> str:
 
 
 class Reconstruction:
-    """The trained state of one block."""
+    """The trained state of one block. The block's modules are changed, its tensors are not: they may be shared."""
 
-    def __init__(self, block: nn.Module, names: list[str], method: Method) -> None:
+    def __init__(self, block: nn.Module, names: list[str], method: Method, factorizer: Factorizer = factors_of) -> None:
         self.method = method
         self.block = block
         self.equivalence = None
@@ -92,8 +98,13 @@ class Reconstruction:
             self.equivalence = Equivalence(
                 self.block, method.equivalence, shifts=method.shifts, dtype=method.parts.scale_dtype
             )
-        self.linears = replace_linears(self.block, names, method.grid, method.parts, recompute=method.recompute)
+        self.linears = replace_linears(
+            self.block, names, method.grid, method.parts, recompute=method.recompute, factorizer=factorizer
+        )
         widen_rest(self.block)
+        if method.checkpoint:
+            checkpoint_parts(self.block)
+        self.counting = False
         self.experts = {name: expert for name in sorted(names) if (expert := expert_of(self.block, name))}
         self.tokens = dict.fromkeys(self.experts, 0)
         for name in self.experts:
@@ -108,7 +119,8 @@ class Reconstruction:
 
     def _count(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            self.tokens[name] += arguments[0].numel() // arguments[0].shape[-1]
+            if self.counting:  # not where the backward pass runs it again
+                self.tokens[name] += arguments[0].numel() // arguments[0].shape[-1]
 
         return hook
 
@@ -146,8 +158,14 @@ class Reconstruction:
             return math.nan
         for group in self.optimizer.param_groups:
             group["lr"] = group["base"] * DECAY[self.method.steps](self.steps_done, self.method.total_steps)
-        # The backward pass is within, too: it computes parts of the forward pass again.
-        loss = self._within(lambda: self._backward(inputs, targets, arguments))
+        size = self.method.micro_batch or len(inputs)
+        loss = torch.stack(
+            [
+                # The backward pass is within, too: it computes parts of the forward pass again.
+                self._within(lambda at=at: self._backward(inputs[at], targets[at], arguments, len(inputs)))
+                for at in (slice(start, start + size) for start in range(0, len(inputs), size))
+            ]
+        ).sum()
         for parameter in self.parameters.values():
             # A linear that the batch does not reach (an expert) takes part with zeros: one step count serves all.
             if parameter.grad is None:
@@ -162,11 +180,14 @@ class Reconstruction:
         self.optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
-    def _backward(self, inputs: Hidden, targets: Hidden, arguments: Mapping[str, Any]) -> Tensor:
-        """Add a loss's gradients to the parameters'. Returns the loss."""
+    def _backward(self, inputs: Hidden, targets: Hidden, arguments: Mapping[str, Any], batch: int) -> Tensor:
+        """Add the gradients of some of a batch's sequences to the parameters'. Returns their part of the batch's loss."""
+        self.counting = True
         with self._autocast():
             output = run_block(self.block, inputs.float(), arguments)
+        self.counting = False
         loss = token_losses(output, targets, self.method.loss, self.method.first_token).mean()
+        loss = loss * (len(inputs) / batch)
         loss.backward()
         return loss.detach()
 

@@ -17,6 +17,7 @@ from lsi.increment import DEFAULT_LEARNING_RATE
 from lsi.linear import widened
 from lsi.reconstruct import Method, Reconstruction
 from pipeline.config import RunConfig
+from pipeline.factors import stored_factors
 from pipeline.worker import Context, Worker
 
 WEIGHTS_FILE = "quantized.safetensors"
@@ -59,6 +60,8 @@ def make_method(context: Context) -> Method:
         shifts=config.method.shifts,
         fewest_tokens=config.method.expert_tokens * config.optimizer.epochs,
         recompute=config.compute.recompute,
+        checkpoint=config.compute.checkpoint,
+        micro_batch=config.compute.micro_batch,
     )
 
 
@@ -156,7 +159,10 @@ class Best:
 def begin(worker: Worker, block: int) -> Trained:
     """A block at the start of its training."""
     reconstruction = Reconstruction(
-        sharing_copy(worker.block(block)), worker.linears(block), make_method(worker.context)
+        sharing_copy(worker.block(block)),
+        worker.linears(block),
+        make_method(worker.context),
+        stored_factors(worker.factors, worker.config.compute),
     )
     return Trained(reconstruction, reconstruction.grids())
 
