@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tolerances import assert_close, assert_same
 from torch import Tensor, nn
 
-from lsi.block import load_quantized, round_block, run_block
+from lsi.block import load_quantized, round_block, run_block, sharing_copy
 from lsi.grid import Grid
 from lsi.increment import Increment, Kind
 from lsi.linear import Clipping, Parts
@@ -446,3 +446,68 @@ def test_a_good_state_clears_the_status() -> None:
     assert bad.status == "ok"
     assert steps(bad, range(1, 3)) == steps(good, range(1, 3))
     assert_same_result(bad, good)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_micro_batches_add_up_to_the_batch() -> None:
+    """Of three sequences, two and one."""
+    task = make_task(samples=3)
+    whole, parts = begin(), begin(replace(METHOD, micro_batch=2))
+    taken = [gradients_of(reconstruction) for reconstruction in (whole, parts)]
+    assert step(parts, task) == pytest.approx(step(whole, task), rel=1e-5)
+    for name, gradient in taken[0].items():
+        assert_close(taken[1][name], gradient)
+
+
+def test_a_micro_batch_of_the_batch_is_the_batch() -> None:
+    task = make_task(samples=3)
+    whole, same = begin(), begin(replace(METHOD, micro_batch=3))
+    assert step(same, task) == step(whole, task)
+    assert_same_result(same, whole)
+
+
+@WAY
+def test_checkpointing_changes_no_bit(way: str) -> None:
+    kept, checkpointed = begin(WAYS[way]), begin(replace(WAYS[way], checkpoint=True))
+    assert steps(checkpointed, range(3)) == steps(kept, range(3))
+    assert_same_result(checkpointed, kept)
+
+
+class Largest:
+    """The largest number of numbers that autograd keeps from the forward pass, beside tensors that are there anyway."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.there = {t.data_ptr() for t in (*block.parameters(), *block.buffers())}
+        self.kept = 0
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        self.kept += 0 if tensor.data_ptr() in self.there else tensor.numel()
+        return tensor
+
+
+def test_checkpointing_keeps_less_for_the_backward_pass() -> None:
+    task, kept = make_task(samples=4, length=32), []
+    for checkpointing in (False, True):
+        reconstruction = begin(replace(METHOD, checkpoint=checkpointing))
+        largest = Largest(reconstruction.block)
+        with torch.autograd.graph.saved_tensors_hooks(largest.pack, lambda tensor: tensor):
+            output = run_block(reconstruction.block, task.inputs, task.arguments)
+        kept.append(largest.kept)
+        output.sum().backward()
+    assert kept[1] < kept[0] / 2
+
+
+def test_training_on_a_shared_block_leaves_it_alone() -> None:
+    layer = make_layer(dtype=torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    reconstruction = Reconstruction(sharing_copy(layer), NAMES, METHOD)
+    steps(reconstruction, range(2))
+    shared = sharing_copy(layer)
+    load_quantized(shared, reconstruction.quantized())
+    for name, linear in reconstruction.linears.items():
+        assert linear.weight.data_ptr() == layer.get_submodule(name).weight.data_ptr()
+    for name, tensor in layer.state_dict().items():
+        assert_same(tensor, before[name])
+    assert not torch.equal(shared.mlp.up_proj.weight, layer.mlp.up_proj.weight)
