@@ -64,7 +64,8 @@ def sharing_copy(block: nn.Module) -> nn.Module:
 def checkpoint_parts(block: nn.Module) -> None:
     """Let attention and feed-forward part keep only their inputs for the backward pass, and be run again there."""
     for part in block.children():
-        if any(isinstance(module, QuantizedLinear) for module in part.children()):
+        inside = (module for module in part.modules() if module is not part)
+        if any(isinstance(module, QuantizedLinear) for module in inside):
             part.forward = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)
 
 

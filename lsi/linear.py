@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from lsi.factors import Factorizer, factors_of
+from lsi.factors import MANY, Factorizer, factors_of
 from lsi.grid import Grid, QuantizedWeight, fake_quantize, grid_parameters, group_range, quantize, widened
 from lsi.increment import Increment, make_increment
 
@@ -99,7 +99,8 @@ class QuantizedLinear(nn.Module):
     Parameters of these parts are trained; weight and bias are not.
 
     `recompute`: what lies between the parameters and W_hat is made again in the backward pass, so that between the passes
-    no tensor of the weight's size is kept. It changes no bit of the result.
+    no tensor of the weight's size is kept. It changes no bit of the result, and costs a quarter of a step's time at 135M
+    parameters; None: for linears of `MANY` weights and more.
     """
 
     weight: Float[Tensor, "out in"]
@@ -111,12 +112,12 @@ class QuantizedLinear(nn.Module):
         grid: Grid,
         parts: Parts,
         *,
-        recompute: bool = True,
+        recompute: bool | None = None,
         factorizer: Factorizer = factors_of,
     ) -> None:
         super().__init__()
         self.grid = grid
-        self.recompute = recompute
+        self.recompute = linear.weight.numel() >= MANY if recompute is None else recompute
         self.scale_dtype = parts.scale_dtype
         self.register_buffer("weight", linear.weight.detach(), persistent=False)
         weight = widened(self.weight)

@@ -41,7 +41,7 @@ class Method:
     the products, None for the block's own. fewest_tokens: an expert of a mixture that sees fewer in all steps is clipped
     without data.
 
-    recompute: keep no weight-sized tensor between the passes, at the same result. checkpoint: run attention and feed-forward
+    recompute: keep no weight-sized tensor between the passes, at the same result; None: of large linears. checkpoint: run attention and feed-forward
     part again in the backward pass, at the same result. micro_batch: sequences at once within a step; None: all.
     """
 
@@ -56,7 +56,7 @@ class Method:
     equivalence: tuple[str, ...] = ()
     shifts: bool = False
     fewest_tokens: int = 0
-    recompute: bool = True
+    recompute: bool | None = None
     checkpoint: bool = False
     micro_batch: int | None = None
 

@@ -213,10 +213,11 @@ class ComputeConfig(Section):
         "auto", description="products in training; auto: bfloat16 where the hardware multiplies it natively"
     )
     threads: int = Field(1, ge=1, description="CPU threads of each actor")
-    recompute: bool = Field(
-        True, description="compute what quantizes a weight again in the backward pass: one linear at a time in memory"
+    recompute: bool | None = Field(
+        None,
+        description="compute what quantizes a weight again in the backward pass: one linear at a time in memory; "
+        "null: linears of 16 million weights and more",
     )
-
     checkpoint: bool = Field(
         False,
         description="run attention and feed-forward part again in the backward pass: less memory for long sequences",

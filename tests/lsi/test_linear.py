@@ -8,9 +8,10 @@ import pytest
 import torch
 from material import assert_same_weight, hard_weights, linear_of, normal, numeric_gradient
 from tolerances import assert_close, assert_same
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from lsi.factors import MANY
 from lsi.grid import Grid, round_to_nearest
 from lsi.increment import KINDS, Increment, Kind
 from lsi.linear import Clipping, Parts, QuantizedLinear
@@ -405,3 +406,12 @@ def test_the_weight_is_shared_and_left_alone() -> None:
     linear(normal(2, 8)).sum().backward()
     assert linear.weight.data_ptr() == stored.weight.data_ptr()
     assert_same(stored.weight.detach(), before)
+
+
+def test_large_linears_are_recomputed_unless_told_otherwise() -> None:
+    parts = Parts("none", Increment("none"), False, torch.float32)
+    grid = Grid(4, None, symmetric=True)
+    with torch.device("meta"):
+        sizes = [nn.Linear(MANY // 8, 8), nn.Linear(MANY // 8 - 1, 8)]
+    assert [QuantizedLinear(linear, grid, parts).recompute for linear in sizes] == [True, False]
+    assert not QuantizedLinear(sizes[0], grid, parts, recompute=False).recompute
