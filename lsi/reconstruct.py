@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -158,14 +159,7 @@ class Reconstruction:
             return math.nan
         for group in self.optimizer.param_groups:
             group["lr"] = group["base"] * DECAY[self.method.steps](self.steps_done, self.method.total_steps)
-        size = self.method.micro_batch or len(inputs)
-        loss = torch.stack(
-            [
-                # The backward pass is within, too: it computes parts of the forward pass again.
-                self._within(lambda at=at: self._backward(inputs[at], targets[at], arguments, len(inputs)))
-                for at in (slice(start, start + size) for start in range(0, len(inputs), size))
-            ]
-        ).sum()
+        loss = self._batch(inputs, targets, arguments)
         for parameter in self.parameters.values():
             # A linear that the batch does not reach (an expert) takes part with zeros: one step count serves all.
             if parameter.grad is None:
@@ -179,6 +173,15 @@ class Reconstruction:
         # They are as large as what is trained, and nobody reads them after the step.
         self.optimizer.zero_grad(set_to_none=True)
         return loss.item()
+
+    def _batch(self, inputs: Hidden, targets: Hidden, arguments: Mapping[str, Any]) -> Tensor:
+        """Give the parameters a batch's gradients, micro-batch by micro-batch. Returns its loss."""
+        size = self.method.micro_batch or len(inputs)
+        losses = []
+        for pair in zip(inputs.split(size), targets.split(size), strict=True):
+            # The backward pass is within, too: it computes parts of the forward pass again.
+            losses.append(self._within(partial(self._backward, *pair, arguments, len(inputs))))
+        return torch.stack(losses).sum()
 
     def _backward(self, inputs: Hidden, targets: Hidden, arguments: Mapping[str, Any], batch: int) -> Tensor:
         """Add the gradients of some of a batch's sequences to the parameters'. Returns their part of the batch's loss."""
