@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lsi.grid import Grid, QuantizedWeight, round_to_nearest
 from lsi.linear import Parts, QuantizedLinear
@@ -35,18 +38,52 @@ def get_linear(block: nn.Module, name: str) -> nn.Linear:
 
 
 def replace_linears(
-    block: nn.Module, names: list[str], grid: Grid, parts: Parts, starts: Mapping[str, QuantizedWeight] | None = None
+    block: nn.Module,
+    names: list[str],
+    grid: Grid,
+    parts: Parts,
+    starts: Mapping[str, QuantizedWeight] | None = None,
+    **settings: Any,
 ) -> dict[str, QuantizedLinear]:
     """Put trainable quantized linears in the place of the named ones, freeze the rest, and return them by name.
 
-    `starts`: what they are quantized to already, by name.
+    `starts`: what they are quantized to already, by name. `settings` are further ones of `QuantizedLinear`.
     """
     block.requires_grad_(False)
     replaced = {}
     for name in names:
-        replaced[name] = QuantizedLinear(get_linear(block, name), grid, parts, (starts or {}).get(name))
+        start = (starts or {}).get(name)
+        replaced[name] = QuantizedLinear(get_linear(block, name), grid, parts, start, **settings)
         block.set_submodule(name, replaced[name])
     return replaced
+
+
+def sharing_copy(block: nn.Module) -> nn.Module:
+    """A block whose modules and parameters are its own and whose numbers are the other's: put new tensors in the place of
+    old ones, as `load_quantized` does, and never write into these."""
+    memo: dict[int, Tensor] = {id(t): t.detach() for t in block.buffers()}
+    memo |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in block.parameters()}
+    copied: nn.Module = copy.deepcopy(block, memo)
+    return copied
+
+
+def checkpoint_parts(block: nn.Module) -> None:
+    """Let attention and feed-forward part keep only their inputs for the backward pass, and be run again there."""
+    for part in block.children():
+        inside = (module for module in part.modules() if module is not part)
+        if any(isinstance(module, QuantizedLinear) for module in inside):
+            part.forward = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+@torch.no_grad()
+def widen_rest(block: nn.Module) -> None:
+    """Everything but the weights of quantized linears in float32: it is small, and they are widened one by one."""
+    for module in block.modules():
+        if not isinstance(module, QuantizedLinear):
+            for tensors in (module._parameters, module._buffers):
+                for tensor in tensors.values():
+                    if tensor is not None and tensor.is_floating_point():
+                        tensor.data = tensor.float()
 
 
 def run_block(
@@ -66,9 +103,13 @@ def trainable(linears: Mapping[str, QuantizedLinear]) -> Iterator[tuple[str, nn.
 
 @torch.no_grad()
 def load_quantized(block: nn.Module, weights: Mapping[str, QuantizedWeight]) -> None:
-    """Write W_hat into a plain block's linears, rounded to their dtype: what a loader of the checkpoint computes with."""
+    """Give W_hat to a plain block's linears, rounded to their dtype: what a loader of the checkpoint computes with.
+
+    The former weights are let go of, not written over: others may hold them.
+    """
     for name, quantized in weights.items():
-        get_linear(block, name).weight.copy_(quantized.dequantize())
+        weight = get_linear(block, name).weight
+        weight.data = quantized.dequantize(weight.dtype).to(weight.device)
 
 
 @torch.no_grad()

@@ -176,9 +176,11 @@ def _largest_weights(block: nn.Module, pair: Pair) -> Float[Tensor, " channels"]
 
 @torch.no_grad()
 def load_tensors(block: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors into the block's of the same names, rounded to their dtype."""
+    """Put tensors in the place of the block's of the same names, rounded to their dtype. The former ones are not written
+    over: others may hold them."""
     for name, tensor in tensors.items():
-        tensor_of(block, name).copy_(tensor)
+        former = tensor_of(block, name)
+        former.data = tensor.detach().to(former.device, former.dtype)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ is to even and an odd offset would break ties the other way.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,11 +61,20 @@ class QuantizedWeight:
         """The same on another device."""
         return QuantizedWeight(self.codes.to(device), self.scale.to(device), self.zero_point.to(device))
 
-    def dequantize(self) -> Float[Tensor, "out in"]:
-        """scale · (codes − zero point), in float32."""
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
+        """scale · (codes − zero point), in float32, rounded to `dtype`."""
         out, groups = self.scale.shape
-        steps = self.codes.view(out, groups, -1).float() - self.zero_point.unsqueeze(-1).float()
-        return (self.scale.float().unsqueeze(-1) * steps).view(out, -1)
+        codes, size, zero = self.codes.view(out, groups, -1), self.scale.float(), self.zero_point.float()
+        result = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+        for rows in row_pieces(codes):
+            steps = codes[rows].float().sub_(zero[rows].unsqueeze(-1))
+            result[rows] = steps.mul_(size[rows].unsqueeze(-1))
+        return result.view(out, -1)
+
+
+def widened(weight: Tensor) -> Tensor:
+    """In float32 at least; exact, and the tensor itself if it is that already."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def range_of(
@@ -111,34 +121,57 @@ def grid_parameters(
     return scale, straight_through(signed, signed.round()) + grid.middle
 
 
+# Elementwise passes go over the rows in pieces: what they need between input and output stays in a processor's cache, and
+# beside it no second tensor of the weight's size is made. On a GPU a piece is larger, so that launches do not count.
+PIECE = {"cpu": 1 << 17}
+LARGE_PIECE = 1 << 24
+
+
+def row_pieces(weight: Tensor) -> Iterator[slice]:
+    """Slices over the first dimension, of about `PIECE` numbers each."""
+    rows = max(1, PIECE.get(weight.device.type, LARGE_PIECE) * len(weight) // max(1, weight.numel()))
+    for start in range(0, len(weight), rows):
+        yield slice(start, start + rows)
+
+
+def _rounded(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return (weight / scale).add_(zero).round_()
+
+
 class _FakeQuantize(torch.autograd.Function):
     """scale · (clamp(round(W / scale + z)) − z), on the signed range, with straight-through gradients written out.
 
-    The plain form builds a dozen tensors of the weight's size, this one three; the gradients are those of rounding
-    straight-through and of the clamp after it. With m = 1 where nothing was clamped, and n = codes − z:
+    The plain form builds a dozen tensors of the weight's size, this one only its results. The gradients are those of
+    rounding straight-through and of the clamp after it. With m = 1 where nothing was clamped, and n = codes − z:
 
         ∂/∂W = m      ∂/∂scale = n − m · W / scale      ∂/∂z = (m − 1) · scale
     """
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scale: Tensor, zero: Tensor, middle: int) -> Tensor:
-        steps = (weight / scale).add_(zero).round_()
-        codes = steps.clamp(-middle, middle - 1)
-        inside = codes == steps
-        codes -= zero
-        ctx.save_for_backward(weight, scale, codes, inside)
-        return codes * scale
+        ctx.save_for_backward(weight, scale, zero)
+        ctx.middle = middle
+        result = torch.empty_like(weight)
+        for rows in row_pieces(weight):
+            codes = _rounded(weight[rows], scale[rows], zero[rows]).clamp_(-middle, middle - 1)
+            torch.mul(codes.sub_(zero[rows]), scale[rows], out=result[rows])
+        return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
-        weight, scale, codes, inside = ctx.saved_tensors
-        passed = gradient * inside
-        by_scale = by_zero = None
-        if ctx.needs_input_grad[1]:
-            by_scale = (gradient * codes).sum(-1, keepdim=True) - (passed * weight).sum(-1, keepdim=True) / scale
-        if ctx.needs_input_grad[2]:
-            by_zero = (passed.sum(-1, keepdim=True) - gradient.sum(-1, keepdim=True)) * scale
+        weight, scale, zero = ctx.saved_tensors
+        passed = torch.empty_like(weight)
+        by_scale, by_zero = (torch.empty_like(scale) if needed else None for needed in ctx.needs_input_grad[1:3])
+        for rows in row_pieces(weight):
+            gradient, values, size, offset = gradients[0][rows], weight[rows], scale[rows], zero[rows]
+            steps = _rounded(values, size, offset)
+            codes = steps.clamp(-ctx.middle, ctx.middle - 1)
+            torch.mul(gradient, codes == steps, out=passed[rows])
+            if by_scale is not None:
+                clamped = (passed[rows] * values).sum(-1, keepdim=True) / size
+                by_scale[rows] = (gradient * codes.sub_(offset)).sum(-1, keepdim=True) - clamped
+            if by_zero is not None:
+                by_zero[rows] = (passed[rows].sum(-1, keepdim=True) - gradient.sum(-1, keepdim=True)) * size
         return passed, by_scale, by_zero, None
 
 
@@ -160,10 +193,12 @@ def quantize(
     scale_dtype: torch.dtype,
 ) -> QuantizedWeight:
     """The codes that `fake_quantize` stands for."""
-    grouped = weight.view(*scale.shape, -1)
-    signed = grouped / scale.unsqueeze(-1) + (zero - grid.middle).unsqueeze(-1)
-    codes = signed.round().clamp(-grid.middle, grid.middle - 1) + grid.middle
-    return QuantizedWeight(codes.view_as(weight).to(torch.uint8), scale.to(scale_dtype), zero.to(torch.uint8))
+    grouped, size, offset = weight.view(*scale.shape, -1), scale.unsqueeze(-1), (zero - grid.middle).unsqueeze(-1)
+    codes = torch.empty(grouped.shape, dtype=torch.uint8, device=weight.device)
+    for rows in row_pieces(grouped):
+        signed = _rounded(grouped[rows], size[rows], offset[rows]).clamp_(-grid.middle, grid.middle - 1)
+        codes[rows] = signed.add_(grid.middle)
+    return QuantizedWeight(codes.view_as(weight), scale.to(scale_dtype), zero.to(torch.uint8))
 
 
 @torch.no_grad()

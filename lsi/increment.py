@@ -26,18 +26,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lsi.factors import Factorizer, factor_dtype, factors_of
+from lsi.grid import widened
+
 Kind = Literal["none", "diagonal", "corner", "band", "dense"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)
 class Increment:
-    """Which entries of M are free. `corner` is k, `band` the number of diagonals on each side of the main one."""
+    """Which entries of M are free. `corner` is k, `band` the number of diagonals on each side of the main one.
+
+    `factors`: the dtype that U and Vh are kept in; None: by the weight's size.
+    """
 
     kind: Kind = "diagonal"
     rank: int | None = None
     corner: int = 100
     band: int = 1
+    factors: torch.dtype | None = None
 
     @property
     def smallest_rank(self) -> int:
@@ -69,11 +76,17 @@ class FactoredIncrement(nn.Module):
     left: Float[Tensor, "out rank"]
     right: Float[Tensor, "rank in"]
 
-    def __init__(self, weight: Float[Tensor, "out in"], step: float, increment: Increment) -> None:
+    def __init__(
+        self,
+        weight: Float[Tensor, "out in"],
+        step: float,
+        increment: Increment,
+        factorizer: Factorizer = factors_of,
+    ) -> None:
         super().__init__()
         if increment.smallest_rank > min(weight.shape):
             raise ValueError(f"an increment of rank {increment.smallest_rank} for a weight of {tuple(weight.shape)}")
-        left, right = factorize(weight, increment.rank)
+        left, right = factorizer(weight, increment.rank, factor_dtype(weight, increment.factors))
         self.register_buffer("left", left, persistent=False)
         self.register_buffer("right", right, persistent=False)
         rank, self.scale = left.shape[1], step * math.sqrt(weight.numel())
@@ -92,22 +105,23 @@ class FactoredIncrement(nn.Module):
         return entries * (self.scale / math.sqrt(entries.numel()))
 
     def middle_times_right(self) -> Float[Tensor, "rank in"]:
-        """M · Vh."""
-        product = torch.zeros_like(self.right)
+        """M · Vh, in float32 at least."""
+        right = widened(self.right)
+        product = torch.zeros_like(right)
         if self.diagonal is not None:
-            product = product + self._unit(self.diagonal).unsqueeze(-1) * self.right
+            product = product + self._unit(self.diagonal).unsqueeze(-1) * right
         if self.corner is not None:
             size = len(self.corner)
-            rows = self._unit(self.corner) @ self.right[:size]
-            product = product + nn.functional.pad(rows, (0, 0, 0, len(self.right) - size))
+            rows = self._unit(self.corner) @ right[:size]
+            product = product + nn.functional.pad(rows, (0, 0, 0, len(right) - size))
         if self.band is not None:
             half = len(self.band) // 2
             for offset, entries in zip(range(-half, half + 1), self._unit(self.band), strict=True):
-                product = product + entries.unsqueeze(-1) * shifted(self.right, offset)
+                product = product + entries.unsqueeze(-1) * shifted(right, offset)
         return product
 
     def forward(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        return weight + self.left @ self.middle_times_right()
+        return weight + widened(self.left) @ self.middle_times_right()
 
 
 class DenseIncrement(nn.Module):
@@ -133,30 +147,22 @@ def shifted(rows: Float[Tensor, "rank in"], offset: int) -> Float[Tensor, "rank 
     return nn.functional.pad(moved, (0, 0, max(-offset, 0), max(offset, 0)))
 
 
-def factorize(
-    weight: Float[Tensor, "out in"], rank: int | None = None
-) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
-    """U and Vh of the thin SVD, singular values in falling order, the leading `rank` of them, signs fixed.
-
-    Each pair's sign is free; the largest entry of every column of U is made positive, so that equal weights give equal factors.
-    """
-    left, _, right = torch.linalg.svd(weight, full_matrices=False)
-    left, right = left[:, :rank], right[:rank]
-    peak = left.gather(0, left.abs().argmax(0, keepdim=True)).squeeze(0)
-    sign = torch.where(peak < 0, -1.0, 1.0).to(weight.dtype)
-    return left * sign, right * sign.unsqueeze(-1)
-
-
 # In grid steps, for every kind; found by measuring (benchmarks/results).
 DEFAULT_LEARNING_RATE = 1e-2
 
 
 def make_increment(
-    increment: Increment, weight: Float[Tensor, "out in"], step: Float[Tensor, "out groups"]
+    increment: Increment,
+    weight: Float[Tensor, "out in"],
+    step: Float[Tensor, "out groups"],
+    factorizer: Factorizer = factors_of,
 ) -> nn.Module:
-    """The increment module of one linear; `step` is its initial grid's scale. Raises ValueError for too high a rank."""
+    """The increment module of one linear; `step` is its initial grid's scale, `factorizer` gives U and Vh if they are needed.
+
+    Raises ValueError for too high a rank.
+    """
     if increment.kind == "none":
         return NoIncrement()
     if increment.kind == "dense" and increment.rank is None:
         return DenseIncrement(weight, step)
-    return FactoredIncrement(weight, step.mean().item(), increment)
+    return FactoredIncrement(weight, step.mean().item(), increment, factorizer)

@@ -10,14 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lsi.block import Hidden, replace_linears, run_block, trainable
+from lsi.block import Hidden, checkpoint_parts, replace_linears, run_block, trainable, widen_rest
 from lsi.equivalence import Equivalence
 from lsi.experts import expert_of
+from lsi.factors import Factorizer, factors_of
 from lsi.grid import Grid, QuantizedWeight, clip_to_weights
 from lsi.linear import DirectClipping, LearnedRounding, Parts
 from lsi.objective import Frozen, LossKind, Objective, Tokens, products_in
@@ -43,6 +45,9 @@ class Method:
     warm_steps: so many steps train clipping and equivalence alone; then increment and rounding join (LSI starts from
     OmniQuant's trained values). Every part has one decay, from its own first step to the last of all: those that join begin at
     their full rate, and what is settling already is not shaken again by a second start. Clipping or equivalence must be trained.
+
+    recompute: keep no weight-sized tensor between the passes, at the same result; None: of large linears. checkpoint: run attention and feed-forward
+    part again in the backward pass, at the same result. micro_batch: sequences at once within a step; None: all.
     """
 
     grid: Grid
@@ -58,6 +63,9 @@ class Method:
     fewest_tokens: int = 0
     quantized_stream: float = 0.0
     warm_steps: int = 0
+    recompute: bool | None = None
+    checkpoint: bool = False
+    micro_batch: int | None = None
 
     @property
     def objective(self) -> Objective:
@@ -71,7 +79,10 @@ def part_of(parameter: str) -> str:
 
 
 class Reconstruction:
-    """The trained state of one block. `starts`: what its linears are quantized to already, where training begins there."""
+    """The trained state of one block. The block's modules are changed, its tensors are not: they may be shared.
+
+    `starts`: what its linears are quantized to already, where training begins there.
+    """
 
     def __init__(
         self,
@@ -79,15 +90,28 @@ class Reconstruction:
         names: list[str],
         method: Method,
         starts: Mapping[str, QuantizedWeight] | None = None,
+        factorizer: Factorizer = factors_of,
     ) -> None:
         self.method = method
-        self.block = block.float()
+        self.block = block
         self.equivalence = None
         if method.equivalence:
             self.equivalence = Equivalence(
                 self.block, method.equivalence, shifts=method.shifts, dtype=method.parts.scale_dtype
             )
-        self.linears = replace_linears(self.block, names, method.grid, method.parts, starts)
+        self.linears = replace_linears(
+            self.block,
+            names,
+            method.grid,
+            method.parts,
+            starts,
+            recompute=method.recompute,
+            factorizer=factorizer,
+        )
+        widen_rest(self.block)
+        if method.checkpoint:
+            checkpoint_parts(self.block)
+        self.counting = False
         self.experts = {name: expert for name in sorted(names) if (expert := expert_of(self.block, name))}
         self.tokens = dict.fromkeys(self.experts, 0)
         for name in self.experts:
@@ -103,7 +127,8 @@ class Reconstruction:
 
     def _count(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            self.tokens[name] += arguments[0].numel() // arguments[0].shape[-1]
+            if self.counting:  # not where the backward pass runs it again
+                self.tokens[name] += arguments[0].numel() // arguments[0].shape[-1]
 
         return hook
 
@@ -134,7 +159,6 @@ class Reconstruction:
 
     def begin_clipping(self, batches: Batches) -> None:
         """Let the clipping begin where it changes the linears' outputs least on batches of (inputs, further arguments)."""
-        tokens = dict(self.tokens)
 
         def begin() -> None:
             moments = collect_moments(self.block, self.linears, batches, self.method.autocast)
@@ -142,7 +166,6 @@ class Reconstruction:
                 linear.begin_clipping(moments[name])
 
         self._within(begin)
-        self.tokens = tokens
 
     def step(
         self, inputs: Hidden, targets: Hidden | Tokens, arguments: Mapping[str, Any], frozen: Frozen = NOTHING_FROZEN
@@ -154,11 +177,7 @@ class Reconstruction:
         if self.optimizer is None or self.status != "ok":
             return math.nan
         self._begin_step(self.optimizer)
-        inputs = inputs.float()
-        with products_in(self.method.autocast, inputs.device):
-            output = self._within(lambda: run_block(self.block, inputs, arguments))
-        loss = self.method.objective.losses(output, inputs, targets, frozen).mean()
-        loss.backward()
+        loss = self._batch(inputs, targets, arguments, frozen)
         for parameter in self.parameters.values():
             # A linear that the batch does not reach (an expert) takes part with zeros: one step count serves all.
             if parameter.grad is None and parameter.requires_grad:
@@ -169,6 +188,8 @@ class Reconstruction:
             self.steps_done += 1
         else:
             self.status = "non_finite"
+        # They are as large as what is trained, and nobody reads them after the step.
+        self.optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
     def _begin_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -179,6 +200,29 @@ class Reconstruction:
             for parameter in group["params"]:
                 parameter.requires_grad_(done >= 0)
         optimizer.zero_grad(set_to_none=True)
+
+    def _batch(self, inputs: Hidden, targets: Hidden | Tokens, arguments: Mapping[str, Any], frozen: Frozen) -> Tensor:
+        """Give the parameters a batch's gradients, micro-batch by micro-batch. Returns its loss."""
+        size = self.method.micro_batch or len(inputs)
+        losses = []
+        for pair in zip(inputs.split(size), targets.split(size), strict=True):
+            # The backward pass is within, too: it computes parts of the forward pass again.
+            losses.append(self._within(partial(self._backward, *pair, arguments, frozen, len(inputs))))
+        return torch.stack(losses).sum()
+
+    def _backward(
+        self, inputs: Hidden, targets: Hidden | Tokens, arguments: Mapping[str, Any], frozen: Frozen, batch: int
+    ) -> Tensor:
+        """Add the gradients of some of a batch's sequences to the parameters'. Returns their part of the batch's loss."""
+        self.counting = True
+        inputs = inputs.float()
+        with products_in(self.method.autocast, inputs.device):
+            output = run_block(self.block, inputs, arguments)
+        self.counting = False
+        loss = self.method.objective.losses(output, inputs, targets, frozen).mean()
+        loss = loss * (len(inputs) / batch)
+        loss.backward()
+        return loss.detach()
 
     def _project(self) -> None:
         for linear in self.linears.values():
@@ -195,6 +239,10 @@ class Reconstruction:
         """Codes, scales and zero points of the present parameters, by linear name."""
         few = set(self.untrained_experts())
         return self._within(lambda: {n: self._quantized(n, clip=self.experts.get(n) in few) for n in self.linears})
+
+    def grids(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Scales and zero points of the present parameters, by linear name."""
+        return self._within(lambda: {name: linear.present_grid() for name, linear in self.linears.items()})
 
     def _quantized(self, name: str, *, clip: bool) -> QuantizedWeight:
         linear = self.linears[name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsi.block import load_quantized
+from lsi.block import get_linear, load_quantized, sharing_copy
 from lsi.equivalence import load_tensors
-from lsi.grid import QuantizedWeight
+from lsi.grid import QuantizedWeight, quantize
 from lsi.increment import DEFAULT_LEARNING_RATE
-from lsi.reconstruct import Method, Reconstruction, part_of
+from lsi.linear import widened
+from lsi.reconstruct import Method, Reconstruction
 from pipeline.activations import quantize_activations
 from pipeline.config import RunConfig
+from pipeline.factors import stored_factors
 from pipeline.worker import Context, Worker
 
 WEIGHTS_FILE = "quantized.safetensors"
@@ -70,6 +71,9 @@ def make_method(context: Context) -> Method:
         fewest_tokens=config.method.expert_tokens * config.optimizer.epochs if config.finetune.blocks is None else 0,
         quantized_stream=config.method.quantized_stream_loss,
         warm_steps=config.optimizer.warm_epochs * steps_per_epoch(config),
+        recompute=config.compute.recompute,
+        checkpoint=config.compute.checkpoint,
+        micro_batch=config.compute.micro_batch,
     )
 
 
@@ -82,7 +86,7 @@ class BlockResult:
     folded: Mapping[str, Tensor] = field(default_factory=dict)
 
     def load(self, block: nn.Module) -> None:
-        """Write it into a plain block: what a loader of the checkpoint computes with."""
+        """Give it to a plain block: what a loader of the checkpoint computes with."""
         load_tensors(block, self.folded)
         load_quantized(block, self.weights)
 
@@ -111,26 +115,29 @@ def result_of(reconstruction: Reconstruction, dtype: torch.dtype) -> BlockResult
     return BlockResult(reconstruction.quantized(), folded)
 
 
-STARTED = ("clipping", "equivalence")
-
-
 @dataclass
 class Trained:
-    """A block in training, and the result it began with.
-
-    `begun`: the parameters that had their first values from the inputs, by name, and those values.
-    """
+    """A block in training, and the grids of the linears it began with: before any step, and before anything is folded."""
 
     reconstruction: Reconstruction
-    initial: BlockResult
-    begun: dict[str, Tensor] = field(default_factory=dict)
+    grids: Mapping[str, tuple[Tensor, Tensor]]
 
-
-def note_begun(trained: Trained, dtype: torch.dtype) -> None:
-    """Take the present state, before the first step, as the one that training began with."""
-    parameters = trained.reconstruction.parameters.items()
-    trained.begun = {name: p.detach().clone() for name, p in parameters if part_of(name) in STARTED}
-    trained.initial = result_of(trained.reconstruction, dtype)
+    def initial(self, worker: Worker, block: int) -> BlockResult:
+        """The result it began with. Its codes are as many as the weights, and soon made again: they are not kept."""
+        trainee, method = worker.trainee(block), self.reconstruction.method
+        if trainee.starts:
+            return BlockResult(trainee.starts)
+        weights = {
+            name: quantize(
+                widened(get_linear(trainee.module, name).weight),
+                scale.float(),
+                zero.float(),
+                method.grid,
+                method.parts.scale_dtype,
+            )
+            for name, (scale, zero) in self.grids.items()
+        }
+        return BlockResult(weights)
 
 
 @dataclass
@@ -166,17 +173,24 @@ class Best:
 def begin(worker: Worker, block: int) -> Trained:
     """A block at the start of its training."""
     trainee = worker.trainee(block)
-    own: nn.Module = copy.deepcopy(trainee.module)
-    reconstruction = Reconstruction(own, trainee.linears, make_method(worker.context), trainee.starts)
+    own = sharing_copy(trainee.module)
+    reconstruction = Reconstruction(
+        own,
+        trainee.linears,
+        make_method(worker.context),
+        trainee.starts,
+        stored_factors(worker.factors, worker.config.compute),
+    )
     quantize_activations(own, trainee.linears, worker.config.scheme)
-    return Trained(reconstruction, BlockResult(trainee.starts or reconstruction.quantized()))
+    return Trained(reconstruction, reconstruction.grids())
 
 
 def pack_state(trained: Trained, best: Best | None) -> dict[str, Tensor]:
     """All that training goes on from. Views where the block is on the CPU: write them before the next step."""
     state = {f"state/{name}": tensor.cpu() for name, tensor in trained.reconstruction.export_state().items()}
-    begun = {f"begun/{name}": tensor.cpu() for name, tensor in trained.begun.items()}
-    return state | begun | (best.tensors() if best else {})
+    for name, (scale, zero) in trained.grids.items():
+        state |= {f"grid/{name}/scale": scale.cpu(), f"grid/{name}/zero": zero.cpu()}
+    return state | (best.tensors() if best else {})
 
 
 def unpack_state(
@@ -184,11 +198,8 @@ def unpack_state(
 ) -> tuple[Trained, Best | None]:
     """The inverse of `pack_state`; `best` is what `Best.meta` gave."""
     trained = begin(worker, block)
-    if begun := under("begun/", tensors):
-        with torch.no_grad():
-            for name, value in begun.items():
-                trained.reconstruction.parameters[name].copy_(value)
-        note_begun(trained, worker.context.dtype)
+    grids = under("grid/", tensors)
+    trained.grids = {name: (grids[f"{name}/scale"], grids[f"{name}/zero"]) for name in trained.grids}
     trained.reconstruction.import_state(under("state/", tensors))
     return trained, Best.unpack(best, tensors)
 

@@ -127,6 +127,9 @@ class MethodConfig(Section):
     rank: int | None = Field(None, ge=1, description="keep the leading singular values only; null: all of them")
     corner: int = Field(100, ge=1, description="k of the corner increment; the paper has 100 to 600")
     band: int = Field(1, ge=0, description="diagonals on each side of the main one, of the band increment")
+    factor_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of U and Vh; auto: bfloat16 for linears of 16 million weights and more"
+    )
     equivalence: list[Literal["norm", "value_output", "query_key", "up_down"]] | Literal["auto"] = Field(
         default=[],
         description="equivalent transformations (LET), folded into norms and weights: norm, value_output, up_down, query_key "
@@ -168,7 +171,8 @@ class MethodConfig(Section):
     @property
     def increments(self) -> Increment:
         """The increment as the algorithm takes it."""
-        return Increment(self.increment, self.rank, self.corner, self.band)
+        factors = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[self.factor_dtype]
+        return Increment(self.increment, self.rank, self.corner, self.band, factors)
 
     def equivalence_kinds(self, scheme: SchemeConfig) -> tuple[str, ...]:
         """Kinds of equivalent transformations as the algorithm takes them, in its order; a block has some of auto's."""
@@ -257,14 +261,34 @@ class ClusterConfig(Section):
     )
 
 
+# Of `compute`: what moves work and memory about and changes no bit of any result.
+SAME_BYTES = ("recompute", "checkpoint")
+
+
 class ComputeConfig(Section):
-    """What changes sums, and is therefore part of every content address."""
+    """How it is computed. What changes sums is part of every content address."""
 
     device: Literal["cpu", "cuda"] = Field("cpu")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="products in training; auto: bfloat16 where the hardware multiplies it natively"
     )
     threads: int = Field(1, ge=1, description="CPU threads of each actor")
+    recompute: bool | None = Field(
+        None,
+        description="compute what quantizes a weight again in the backward pass: one linear at a time in memory; "
+        "null: linears of 16 million weights and more",
+    )
+    checkpoint: bool = Field(
+        False,
+        description="run attention and feed-forward part again in the backward pass: less memory for long sequences",
+    )
+    micro_batch: int | None = Field(
+        None, ge=1, description="sequences at once within a step, their gradients added up; null: the whole batch"
+    )
+
+    def address(self) -> dict[str, Any]:
+        """What of it decides bytes."""
+        return {key: value for key, value in self.model_dump(mode="json").items() if key not in SAME_BYTES}
 
 
 # As the paper's fine-tuning use has it.
@@ -295,6 +319,10 @@ class StorageConfig(Section):
         gt=0,
         le=600,
         description="how long a driver may be silent before another one takes the run over",
+    )
+    factors: str | None = Field(
+        None,
+        description="where singular vectors are kept, to be shared by several runs; null: in the run directory",
     )
     keep_activations: bool = Field(False, description="do not delete activations after their last reader")
 
@@ -362,6 +390,11 @@ class RunConfig(Section):
                 f"optimizer.batch_size {self.optimizer.batch_size} is larger than storage.chunk_samples {self.storage.chunk_samples}: "
                 "a batch is taken from one chunk"
             )
+        if (self.compute.micro_batch or 1) > self.optimizer.batch_size:
+            raise ValueError(
+                f"compute.micro_batch {self.compute.micro_batch} is larger than optimizer.batch_size {self.optimizer.batch_size}: "
+                "a micro-batch is a part of a batch; set it to null for the whole"
+            )
         if self.compute.device == "cuda" and not self.cluster.gpus_per_worker:
             raise ValueError(
                 "compute.device is cuda, but cluster.gpus_per_worker is 0, so that every worker would share the first GPU: "
@@ -391,6 +424,7 @@ class RunConfig(Section):
         del whole["cluster"], whole["outputs"], whole["evaluation"]
         if self.finetune.blocks is None:
             del whole["finetune"]
+        whole["compute"] = self.compute.address()
         whole["storage"] = {"chunk_samples": self.storage.chunk_samples}
         return whole
 

@@ -6,13 +6,12 @@ chain of blocks that train, a second unit then runs the rounded block over its i
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from lsi.block import round_block, run_block
+from lsi.block import round_block, run_block, sharing_copy
 from pipeline.activations import quantize_activations
 from pipeline.artifacts import Artifact, Writer, read_tensors
 from pipeline.block_state import WEIGHTS_FILE, BlockResult
@@ -64,7 +63,7 @@ class StreamTask:
     def __call__(self, worker: Worker) -> dict[str, Any]:
         worker.chunks.drop_except({chunk.artifact.path for chunk in self.inputs})
         worker.chunks.prefetch(self.inputs[:1])  # arrives while the weights do
-        block = copy.deepcopy(worker.block(self.block))
+        block = sharing_copy(worker.block(self.block))
         BlockResult.unpack(read_tensors(worker.store, self.quantized, WEIGHTS_FILE)).load(block)
         quantize_activations(block, worker.linears(self.block), worker.config.scheme)
         writer = Writer(worker.store, self.stream)

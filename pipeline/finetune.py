@@ -79,7 +79,7 @@ class TuneTask(TrainTask):
         history: list[dict[str, Any]],
     ) -> dict[str, Any]:
         reason = None if status == "ok" else f"not finite after {trained.reconstruction.steps_done} training steps"
-        weights = (best.result or trained.initial).weights
+        weights = (best.result or trained.initial(worker, self.block)).weights
         common = {"status": status, "reason": reason, **best.meta()}
         for place, artifact in enumerate(self.results):
             writer = Writer(worker.store, artifact)

@@ -25,7 +25,7 @@ from pipeline.worker import Chunk, Task
 
 # Artifacts that are deleted once their last reader has committed.
 TRANSIENT = ("hidden", "stream", "state", "partial")
-KINDS = (*TRANSIENT, "quarantine", "quantized", "evaluation", "shard")
+KINDS = (*TRANSIENT, "factors", "quarantine", "quantized", "evaluation", "shard")
 # Blocks that one unit of the quantized model's evaluation passes.
 EVALUATION_PART = 10
 # Sums on a CPU and on a GPU differ: all units but the merge, which computes nothing, go to one kind of workers.

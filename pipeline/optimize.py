@@ -10,7 +10,6 @@ round-to-nearest; otherwise it becomes round-to-nearest, which needs no data. Ei
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lsi.block import round_block, run_block
+from lsi.block import round_block, run_block, sharing_copy
 from lsi.equivalence import Equivalence, collect_ranges
 from lsi.objective import Call, Frozen
 from pipeline.activations import quantize_activations
@@ -34,7 +33,6 @@ from pipeline.block_state import (
     Trained,
     begin,
     make_method,
-    note_begun,
     number,
     pack_state,
     result_of,
@@ -122,7 +120,7 @@ class TrainTask:
         if self.previous is None:
             self._start(worker, trained)
         if self.comparison == "begins":
-            initial = self._measure(worker, trained.initial, None, worker.leave_if_asked)
+            initial = self._measure(worker, trained.initial(worker, self.block), None, worker.leave_if_asked)
             best = Best("initial", initial, None, initial)
         return Epoch(trained, best, history, [])
 
@@ -131,13 +129,14 @@ class TrainTask:
         method, reconstruction = worker.config.method, trained.reconstruction
         equivalence = reconstruction.equivalence if method.equivalence_start == "smoothquant" else None
         search = method.clipping != "none" and method.clipping_start == "search" and reconstruction.fresh
+        chunks = -(-START_SAMPLES // worker.config.storage.chunk_samples)
+        if search:
+            reconstruction.begin_clipping(islice(self._batches_of_inputs(worker), chunks))
+            trained.grids = reconstruction.grids()
         if equivalence:
             self._smooth(worker, equivalence)
-        if search:
-            chunks = -(-START_SAMPLES // worker.config.storage.chunk_samples)
+        if equivalence and search:  # of other weights and inputs
             reconstruction.begin_clipping(islice(self._batches_of_inputs(worker), chunks))
-        if equivalence or search:
-            note_begun(trained, worker.context.dtype)
 
     def _smooth(self, worker: Worker, equivalence: Equivalence) -> None:
         """Start the equivalent transformation from the ranges of its inputs, as SmoothQuant does."""
@@ -154,13 +153,13 @@ class TrainTask:
         """The block after the epoch before: still held by this worker, or rebuilt from its committed state."""
         # Let go of it at once: training changes it, and a unit that fails half-way must start from the committed state.
         held, worker.held = worker.held, None
-        if self.previous is None:
-            return begin(worker, self.block), None, []
-        record = read_record(worker.store, self.previous)
-        if held is not None and held[0] == self.previous.key and record is not None:
+        record = read_record(worker.store, self.previous) if self.previous else None
+        if held is not None and record is not None and self.previous and held[0] == self.previous.key:
             trained, best = held[1]
             return trained, best, record.meta["history"]
-        del held
+        del held  # before there is another block beside it
+        if self.previous is None:
+            return begin(worker, self.block), None, []
         tensors = read_tensors(worker.store, self.previous, STATE_FILE)
         assert record is not None, "read_tensors refuses what has no record"
         return *unpack_state(worker, self.block, tensors, record.meta["best"]), record.meta["history"]
@@ -221,7 +220,7 @@ class TrainTask:
                 best, status = self._or_rounded(worker, best, pause)
             if best and stream and self.quantized and best.result is not now:
                 # The last stream is the result's, and the result is another state.
-                self._measure(worker, best.result or trained.initial, stream, pause)
+                self._measure(worker, best.result or trained.initial(worker, self.block), stream, pause)
         if stream:
             stream.commit({"loss": loss and number(loss), "stamp": worker.stamp()})
         history = [*epoch.history, self._entry(worker, epoch, loss)]
@@ -262,7 +261,7 @@ class TrainTask:
 
         `pause` is called between chunks, and may raise.
         """
-        block = copy.deepcopy(worker.block(self.block))
+        block = sharing_copy(worker.block(self.block))
         result.load(block)
         quantize_activations(block, worker.linears(self.block), worker.config.scheme)
         error, count = 0.0, 0
@@ -304,7 +303,7 @@ class TrainTask:
     ) -> dict[str, Any]:
         reason = None if status == "ok" else f"not finite after {trained.reconstruction.steps_done} training steps"
         meta = {"block": self.block, "status": status, "reason": reason, **best.meta(), "history": history}
-        result = best.result or trained.initial
+        result = best.result or trained.initial(worker, self.block)
         if result.folded:
             meta["folded"] = sorted(result.folded)
         writer = Writer(worker.store, out)

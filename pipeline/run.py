@@ -119,7 +119,7 @@ def graph_of(prepared: Prepared, blocks: list[str], outer: str, quarantined: dic
     config = prepared.config
     compute = (
         prepared.resolved
-        | config.compute.model_dump(mode="json")
+        | config.compute.address()
         | {
             "torch": torch.__version__,
             "transformers": package_version("transformers"),

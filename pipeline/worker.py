@@ -135,6 +135,8 @@ class Worker:
         self.checkpoint = open_store(context.checkpoint_url, context.config.storage.options)
         if context.term:
             self.store.check_fence = partial(check_term, self.store, context.term)
+        shared = context.config.storage.factors
+        self.factors = open_store(shared, context.config.storage.options) if shared else self.store
         self.chunks = ChunkCache(self.store, context.config.storage.cache_mib << 20)
         self._arguments: dict[int, list[Arguments]] = {}
         self._block: tuple[int, nn.Module] | None = None

@@ -251,6 +251,21 @@ def test_training_it_lowers_the_loss_where_channels_differ(name: str) -> None:
     assert transformed[-1] < 0.9 * without[-1]
 
 
+@pytest.mark.parametrize("name", ["llama", "opt", "mixtral-opened"])
+def test_recomputing_changes_no_bit(name: str) -> None:
+    """What is computed again in the backward pass must be of the transformed block, too."""
+    states = []
+    for again in (False, True):
+        block, task = with_outliers(name)
+        method = replace(LET, checkpoint=again, recompute=again)
+        reconstruction = Reconstruction(block, names_of(block), method)
+        for _ in range(2):
+            reconstruction.step(task.inputs, task.targets, task.arguments)
+        states.append(reconstruction.export_state())
+    for key, tensor in states[0].items():
+        assert_same(states[1][key], tensor)
+
+
 def test_shifts_lower_the_loss_further() -> None:
     losses = {}
     for shifts in (False, True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,6 +68,21 @@ def opened_method(fewest: int) -> Method:
     parts = Parts("learned", Increment("dense"), False, torch.float32)
     rates = {"clipping": 1e-1, "increment": 1e-2}
     return Method(Grid(3, 8, symmetric=True), parts, rates, total_steps=4, fewest_tokens=fewest)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_recomputing_counts_no_token_twice_and_changes_no_bit(name: str) -> None:
+    states = []
+    for again in (False, True):
+        block, task = make_case(name)
+        open_experts(block)
+        method = replace(opened_method(0), checkpoint=again, recompute=again)
+        reconstruction = Reconstruction(block, linear_names(block, "block", []), method)
+        reconstruction.step(task.inputs, task.targets, task.arguments)
+        states.append(reconstruction.export_state())
+    assert states[0]["tokens"].sum() > 0
+    for key, tensor in states[0].items():
+        assert_same(states[1][key], tensor)
 
 
 @pytest.mark.parametrize("name", MIXTURES)

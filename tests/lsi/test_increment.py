@@ -6,7 +6,8 @@ from material import normal
 from tolerances import assert_close, assert_same
 from torch import Tensor
 
-from lsi.increment import KINDS, DenseIncrement, FactoredIncrement, Increment, factorize, make_increment, shifted
+from lsi.factors import factorize
+from lsi.increment import KINDS, DenseIncrement, FactoredIncrement, Increment, make_increment, shifted
 
 INCREMENTS = [*map(Increment, ("none", "diagonal", "dense")), Increment("corner", corner=3), Increment("band", band=2)]
 RANKED = [Increment("diagonal", rank=4), Increment("dense", rank=4), Increment("band", rank=4, band=2)]

@@ -8,9 +8,10 @@ import pytest
 import torch
 from material import assert_same_weight, hard_weights, linear_of, normal, numeric_gradient
 from tolerances import assert_close, assert_same
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from lsi.factors import MANY
 from lsi.grid import Grid, round_to_nearest
 from lsi.increment import KINDS, Increment, Kind
 from lsi.linear import Clipping, Parts, QuantizedLinear
@@ -97,10 +98,11 @@ def test_only_clipping_and_increment_are_trained() -> None:
     assert linear.bias.grad is None
 
 
-def test_half_precision_weights_are_kept_in_float32() -> None:
+def test_half_precision_weights_are_computed_with_in_float32() -> None:
     weight, bias = normal(6, 8).bfloat16(), normal(6, seed=1).bfloat16()
     linear = make(weight, Grid(3, 4, symmetric=False), increment="diagonal", bias=bias)
-    assert_same(linear.weight, weight.float())
+    assert_same(linear.weight, weight)
+    assert_same(linear.increment(linear.weight.float()), weight.float())
     assert linear.bias is not None
     assert_same(linear.bias, bias.float())
     assert {parameter.dtype for parameter in linear.parameters()} == {torch.float32}
@@ -319,3 +321,97 @@ def test_direct_bounds_are_the_range_times_their_factors(symmetric: bool) -> Non
     clip(linear, 0.5, 0.5)
     halved = linear.quantized().scale
     assert_close(halved, round_to_nearest(weight, grid, torch.float32).scale / 2)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+class Plain(QuantizedLinear):
+    """The forward pass with all that lies between kept, and the plain form of rounding straight-through."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, scale, zero = self.transformed()
+        grouped, scale, zero = weight.view(*scale.shape, -1), scale[..., None], zero[..., None] - self.grid.middle
+        steps = grouped / scale + zero
+        rounded = steps + (steps.round() - steps).detach()
+        codes = rounded.clamp(-self.grid.middle, self.grid.middle - 1)
+        return functional.linear(x, (scale * (codes - zero)).view_as(weight), self.bias)
+
+
+@pytest.mark.parametrize("recompute", [True, False], ids=["recomputed", "kept"])
+@pytest.mark.parametrize("autocast", [True, False], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("kind", ["diagonal", "corner", "band", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["stored fp32", "stored bf16"])
+def test_equals_the_plain_linear(kind: Kind, dtype: torch.dtype, autocast: bool, recompute: bool) -> None:
+    """Outputs to the last bit, gradients up to the order of their sums; several pieces of rows, and a rest."""
+    weight, x, out = normal(700, 256).to(dtype), normal(3, 5, 256, seed=1), normal(3, 5, 700, seed=2)
+    parts = Parts("learned", Increment(kind, corner=3), False, torch.bfloat16)
+    results = []
+    for made in (Plain, QuantizedLinear):
+        linear = move(made(linear_of(weight), Grid(3, 32, symmetric=False), parts, recompute=recompute))
+        entrance = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = linear(entrance)
+        output.backward(out.to(output.dtype))
+        results.append((output, entrance.grad, *(p.grad for p in linear.parameters())))
+    plain, ours = results
+    assert_same(ours[0], plain[0])
+    for gradient, expected in zip(ours[1:], plain[1:], strict=True):
+        assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "dense"])
+def test_recomputing_changes_no_bit(kind: Kind) -> None:
+    results = []
+    for recompute in (True, False):
+        parts = Parts("learned", Increment(kind), True, torch.bfloat16)
+        linear = QuantizedLinear(linear_of(normal(700, 256)), Grid(3, 32, symmetric=False), parts, recompute=recompute)
+        output = move(linear)(normal(5, 256, seed=1))
+        output.square().sum().backward()
+        results.append([output, *(p.grad for p in linear.parameters())])
+    for ours, kept in zip(*results, strict=True):
+        assert_same(ours, kept)
+
+
+class Saved:
+    """The largest number of bytes that autograd holds at once, in tensors of `numel` numbers."""
+
+    def __init__(self, numel: int) -> None:
+        self.numel, self.held, self.most = numel, 0, 0
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        self.held += tensor.numel() == self.numel
+        self.most = max(self.most, self.held)
+        return tensor
+
+
+def test_nothing_of_a_weights_size_is_kept_between_the_passes() -> None:
+    weight = normal(64, 96)
+    for recompute, kept in ((True, False), (False, True)):
+        parts = Parts("learned", Increment("diagonal"), False, torch.float32)
+        linear = QuantizedLinear(linear_of(weight), Grid(3, 32, symmetric=False), parts, recompute=recompute)
+        saved = Saved(weight.numel())
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
+            output = linear(normal(5, 96, seed=1))
+        assert (saved.most > 0) == kept
+        output.sum().backward()
+
+
+def test_the_weight_is_shared_and_left_alone() -> None:
+    stored = linear_of(normal(6, 8).bfloat16())
+    before = stored.weight.detach().clone()
+    linear = QuantizedLinear(
+        stored, Grid(3, 4, symmetric=False), Parts("learned", Increment("diagonal"), False, torch.float32)
+    )
+    linear(normal(2, 8)).sum().backward()
+    assert linear.weight.data_ptr() == stored.weight.data_ptr()
+    assert_same(stored.weight.detach(), before)
+
+
+def test_large_linears_are_recomputed_unless_told_otherwise() -> None:
+    parts = Parts("none", Increment("none"), False, torch.float32)
+    grid = Grid(4, None, symmetric=True)
+    with torch.device("meta"):
+        sizes = [nn.Linear(MANY // 8, 8), nn.Linear(MANY // 8 - 1, 8)]
+    assert [QuantizedLinear(linear, grid, parts).recompute for linear in sizes] == [True, False]
+    assert not QuantizedLinear(sizes[0], grid, parts, recompute=False).recompute

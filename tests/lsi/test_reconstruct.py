@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tolerances import assert_close, assert_same
 from torch import Tensor, nn
 
-from lsi.block import load_quantized, round_block, run_block
+from lsi.block import load_quantized, round_block, run_block, sharing_copy
 from lsi.grid import Grid
 from lsi.increment import Increment, Kind
 from lsi.linear import Clipping, Parts
@@ -63,6 +63,18 @@ def step(reconstruction: Reconstruction, task: Task) -> float:
 def steps(reconstruction: Reconstruction, numbers: range) -> list[float]:
     """Each step on data of its own."""
     return [step(reconstruction, make_task(seed=number)) for number in numbers]
+
+
+def gradients_of(reconstruction: Reconstruction) -> dict[str, Tensor]:
+    """What the optimizer gets at each step: nobody holds it afterwards."""
+    seen: dict[str, Tensor] = {}
+
+    def note(*_: object) -> None:
+        seen.update({name: p.grad.clone() for name, p in reconstruction.parameters.items() if p.grad is not None})
+
+    assert reconstruction.optimizer is not None
+    reconstruction.optimizer.register_step_pre_hook(note)
+    return seen
 
 
 def snapshot(reconstruction: Reconstruction) -> dict[str, Tensor]:
@@ -168,15 +180,15 @@ def test_steps_are_adam_without_decay_under_the_cosine(way: str) -> None:
     """The update written out, in float64, from the gradients that each step leaves."""
     method = WAYS[way]
     reconstruction = begin(method)
+    gradients = gradients_of(reconstruction)
     values = {name: parameter.detach().double() for name, parameter in reconstruction.parameters.items()}
     start = dict(values)
     first = {name: torch.zeros_like(value) for name, value in values.items()}
     second = {name: torch.zeros_like(value) for name, value in values.items()}
     for number in range(3):
         steps(reconstruction, range(number, number + 1))
-        for name, parameter in reconstruction.parameters.items():
-            assert parameter.grad is not None
-            gradient = parameter.grad.double()
+        for name in reconstruction.parameters:
+            gradient = gradients[name].double()
             first[name] = 0.9 * first[name] + 0.1 * gradient
             second[name] = 0.999 * second[name] + 0.001 * gradient**2
             rate = method.rates["clipping" if ".clipping." in name else "increment"]
@@ -191,12 +203,12 @@ def test_steps_are_adam_without_decay_under_the_cosine(way: str) -> None:
 def test_signed_steps_go_against_the_sign_along_a_straight_line() -> None:
     method = WAYS["signed: clipping and rounding"]
     reconstruction = begin(method)
+    gradients = gradients_of(reconstruction)
     values = {name: parameter.detach().clone() for name, parameter in reconstruction.parameters.items()}
     for number in range(3):
         steps(reconstruction, range(number, number + 1))
-        for name, parameter in reconstruction.parameters.items():
-            assert parameter.grad is not None
-            values[name] -= 5e-2 * (1 - number / method.total_steps) * parameter.grad.sign()
+        for name in reconstruction.parameters:
+            values[name] -= 5e-2 * (1 - number / method.total_steps) * gradients[name].sign()
             if ".clipping." in name:
                 values[name].clamp_(0.05, 1)
     for name, parameter in reconstruction.parameters.items():
@@ -232,6 +244,19 @@ def test_training_changes_nothing_but_its_parameters() -> None:
     assert sorted(expected) == ["input_layernorm.weight", "post_attention_layernorm.weight"]
     for name, tensor in expected.items():
         assert_same(layer.state_dict()[name], tensor)
+
+
+def test_gradients_do_not_outlive_the_step() -> None:
+    reconstruction = begin()
+    steps(reconstruction, range(2))
+    assert all(parameter.grad is None for parameter in reconstruction.parameters.values())
+
+
+@WAY
+def test_recomputing_changes_no_bit(way: str) -> None:
+    kept, recomputed = (begin(replace(WAYS[way], recompute=choice)) for choice in (False, True))
+    assert steps(recomputed, range(3)) == steps(kept, range(3))
+    assert_same_result(recomputed, kept)
 
 
 def test_no_step_after_the_last_one() -> None:
@@ -363,6 +388,7 @@ def test_a_half_precision_block_is_trained_in_float32() -> None:
     reference = Reconstruction(copy.deepcopy(layer).float(), NAMES, METHOD)
     reconstruction = Reconstruction(layer, NAMES, METHOD)
     assert {parameter.dtype for parameter in reconstruction.block.parameters()} == {torch.float32}
+    assert {linear.weight.dtype for linear in reconstruction.linears.values()} == {torch.bfloat16}
     assert steps(reconstruction, range(2)) == steps(reference, range(2))
     assert_same_result(reconstruction, reference)
 
@@ -431,3 +457,68 @@ def test_a_good_state_clears_the_status() -> None:
     assert bad.status == "ok"
     assert steps(bad, range(1, 3)) == steps(good, range(1, 3))
     assert_same_result(bad, good)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_micro_batches_add_up_to_the_batch() -> None:
+    """Of three sequences, two and one."""
+    task = make_task(samples=3)
+    whole, parts = begin(), begin(replace(METHOD, micro_batch=2))
+    taken = [gradients_of(reconstruction) for reconstruction in (whole, parts)]
+    assert step(parts, task) == pytest.approx(step(whole, task), rel=1e-5)
+    for name, gradient in taken[0].items():
+        assert_close(taken[1][name], gradient)
+
+
+def test_a_micro_batch_of_the_batch_is_the_batch() -> None:
+    task = make_task(samples=3)
+    whole, same = begin(), begin(replace(METHOD, micro_batch=3))
+    assert step(same, task) == step(whole, task)
+    assert_same_result(same, whole)
+
+
+@WAY
+def test_checkpointing_changes_no_bit(way: str) -> None:
+    kept, checkpointed = begin(WAYS[way]), begin(replace(WAYS[way], checkpoint=True))
+    assert steps(checkpointed, range(3)) == steps(kept, range(3))
+    assert_same_result(checkpointed, kept)
+
+
+class Largest:
+    """The largest number of numbers that autograd keeps from the forward pass, beside tensors that are there anyway."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.there = {t.data_ptr() for t in (*block.parameters(), *block.buffers())}
+        self.kept = 0
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        self.kept += 0 if tensor.data_ptr() in self.there else tensor.numel()
+        return tensor
+
+
+def test_checkpointing_keeps_less_for_the_backward_pass() -> None:
+    task, kept = make_task(samples=4, length=32), []
+    for checkpointing in (False, True):
+        reconstruction = begin(replace(METHOD, checkpoint=checkpointing))
+        largest = Largest(reconstruction.block)
+        with torch.autograd.graph.saved_tensors_hooks(largest.pack, lambda tensor: tensor):
+            output = run_block(reconstruction.block, task.inputs, task.arguments)
+        kept.append(largest.kept)
+        output.sum().backward()
+    assert kept[1] < kept[0] / 2
+
+
+def test_training_on_a_shared_block_leaves_it_alone() -> None:
+    layer = make_layer(dtype=torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    reconstruction = Reconstruction(sharing_copy(layer), NAMES, METHOD)
+    steps(reconstruction, range(2))
+    shared = sharing_copy(layer)
+    load_quantized(shared, reconstruction.quantized())
+    for name, linear in reconstruction.linears.items():
+        assert linear.weight.data_ptr() == layer.get_submodule(name).weight.data_ptr()
+    for name, tensor in layer.state_dict().items():
+        assert_same(tensor, before[name])
+    assert not torch.equal(shared.mlp.up_proj.weight, layer.mlp.up_proj.weight)

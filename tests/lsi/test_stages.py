@@ -89,21 +89,29 @@ def test_the_first_stage_is_training_without_the_others_along_one_decay(way: str
 
 
 def test_each_part_has_adam_and_a_cosine_from_its_own_first_step() -> None:
-    """The updates written out in float64, from the gradients that each step leaves."""
+    """The updates written out in float64, from the gradients of each step."""
     method = WAYS["adamw: clipping, then diagonal"]
     reconstruction = begin("adamw: clipping, then diagonal")
     found = {name: parameter.detach().double() for name, parameter in reconstruction.parameters.items()}
     first = {name: torch.zeros_like(value) for name, value in found.items()}
     second = {name: torch.zeros_like(value) for name, value in found.items()}
+    gradients: dict[str, Tensor | None] = {}
+
+    def keep(*_: object) -> None:
+        for name, parameter in reconstruction.parameters.items():
+            gradients[name] = None if parameter.grad is None else parameter.grad.double()
+
+    assert reconstruction.optimizer is not None
+    reconstruction.optimizer.register_step_pre_hook(keep)
     for number in range(WARM + 2):
         steps(reconstruction, range(number, number + 1))
-        for name, parameter in reconstruction.parameters.items():
-            start = WARM if ".increment." in name else 0
+        for name in reconstruction.parameters:
+            start, gradient = WARM if ".increment." in name else 0, gradients[name]
             if number < start:
-                assert parameter.grad is None
+                assert gradient is None
                 continue
-            assert parameter.grad is not None
-            gradient, done = parameter.grad.double(), number - start
+            assert gradient is not None
+            done = number - start
             first[name] = 0.9 * first[name] + 0.1 * gradient
             second[name] = 0.999 * second[name] + 0.001 * gradient**2
             rate = method.rates[part_of(name)] * 0.5 * (1 + math.cos(math.pi * done / (TOTAL - start)))

@@ -97,7 +97,7 @@ def test_it_lowers_every_loss_where_channels_differ(
     for equivalence in ([], "auto"):
         schedule = {"kind": "parallel", "refresh_every": 0}
         sections: dict[str, Any] = TRAINED | {"optimizer": {"epochs": 4, "steps": steps}, "schedule": schedule}
-        method = {"increment": "none", "clipping": clipping, "equivalence": equivalence}
+        method = {"increment": "none", "clipping": clipping, "clipping_start": "range", "equivalence": equivalence}
         where = tmp_path / ("with" if equivalence else "without")
         finished, result = run(tiny_config(model, short_text, where, method=method, **sections))
         losses[bool(equivalence)] = [block["loss"] for block in block_reports(finished)]
@@ -206,7 +206,8 @@ def test_a_shard_with_nothing_but_norms_of_a_block_reads_its_result(
 
 def test_steps_that_do_harm_leave_the_untrained_block(model: Path, short_text: Path, tmp_path: Path) -> None:
     """And its norms as they were."""
-    sections: dict[str, Any] = {"method": {"equivalence": "auto"}, "optimizer": {"equivalence_learning_rate": 1e3}}
+    method = {"equivalence": "auto", "clipping_start": "range"}
+    sections: dict[str, Any] = {"method": method, "optimizer": {"equivalence_learning_rate": 1e3}}
     finished, result = run(tiny_config(model, short_text, tmp_path / "run", **sections))
     for block, report in enumerate(block_reports(finished)):
         assert report["kept"] in ("initial", "round_to_nearest")
