@@ -4,7 +4,8 @@
     python benchmarks/quality.py --table OUT
 
 Tools: the presets of configs/presets, `rtn` (round-to-nearest), `gptq` and `awq` (llm-compressor, its defaults), `awq-4`
-(4 points of its search, which has 20), `auto-round` (50 steps of batch 2) and `auto-round-default` (200 of batch 8). Settings:
+(4 points of its search, which has 20), `auto-round` (50 steps of batch 2), `auto-round-default` (200 of batch 8), and
+`full-precision`, which only measures the model itself, once for all settings. Settings:
 w4ch is one scale per output channel, w3g64 one per 64 inputs; asymmetric, or symmetric with -sym.
 
 One command after another, each in processes of one thread. Its cost is that of all its processes, from their start to the
@@ -17,6 +18,7 @@ where it was stopped.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -64,15 +66,15 @@ TUNING_WINDOWS = 32
 
 @dataclass(frozen=True)
 class Job:
-    """One tool with one setting and seed."""
+    """One tool with one setting and seed; full precision has no setting."""
 
     tool: str
-    setting: Setting
+    setting: Setting | None
     seed: int
 
     @property
     def name(self) -> str:
-        return f"{self.tool}-{self.setting.name}-{self.seed}"
+        return f"{self.tool}-{self.setting.name if self.setting else ''}-{self.seed}"
 
 
 class Bench:
@@ -109,61 +111,68 @@ class Bench:
         save_file({"input_ids": calibration_tokens(AutoTokenizer.from_pretrained(self.model), self.data)}, path)
         return path
 
-    def record(self, tool: str, setting: str, seed: int) -> dict[str, Any]:
+    def record(self, job: Job) -> dict[str, Any]:
         """The part of a result that says what it is of."""
-        name = Path(self.options.model).name
-        return {"model": name, "samples": self.options.samples, "tool": tool, "setting": setting, "seed": seed}
+        model = {"model": Path(self.options.model).name, "samples": self.options.samples}
+        return model | {"tool": job.tool, "setting": job.setting.name if job.setting else "", "seed": job.seed}
 
     def perplexities(self, checkpoint: Path) -> dict[str, float]:
         """By text, through transformers' own loader."""
         model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
         return {name: model_perplexity(model, windows) for name, windows in self.windows.items()}
 
-    def config(self, job: Job, folder: Path) -> dict[str, Any]:
+    def config(self, job: Job, setting: Setting, folder: Path) -> dict[str, Any]:
         """A run of ours on one worker that measures nothing."""
-        grid = {"bits": job.setting.bits, "group_size": job.setting.group_size, "symmetric": job.setting.symmetric}
         nothing = {"method": {"clipping": "none", "increment": "none"}, "optimizer": {"epochs": 0}}
         return {
             **(nothing if job.tool == "rtn" else {"preset": job.tool, "optimizer": {"seed": job.seed}}),
             "model": {"source": str(self.model)},
             "data": self.data.model_dump(),
-            "scheme": grid,
+            "scheme": asdict(setting),
             "cluster": {"workers": 1},
             "storage": {"run": str(folder / "run")},
             "outputs": {"checkpoint": str(folder / "checkpoint")},
         }
 
-    def command(self, job: Job, folder: Path) -> list[str]:
+    def command(self, job: Job, setting: Setting, folder: Path) -> list[str]:
         """What quantizes; it leaves folder/checkpoint."""
         if job.tool not in PEERS:
             config = folder / "config.yaml"
-            config.write_text(yaml.safe_dump(self.config(job, folder)))
+            config.write_text(yaml.safe_dump(self.config(job, setting, folder)))
             return [sys.executable, "-m", "pipeline.cli", "quantize", str(config)]
-        setting = job.setting
         command = [str(peers_python(self.options.peers_env)), str(HERE / "peers" / "run_peer.py"), *PEERS[job.tool]]
         command += ["--model", str(self.model), "--tokens", str(self.tokens), "--out", str(folder / "checkpoint")]
         command += ["--bits", str(setting.bits), "--seed", str(job.seed)]
         command += ["--group-size", str(setting.group_size)] if setting.group_size else []
         return [*command, "--symmetric"] if setting.symmetric else command
 
-    def quantize(self, job: Job) -> tuple[Path, Cost]:
-        """The checkpoint and what it cost. Raises RuntimeError with the log's last line if there is none."""
+    def quantize(self, job: Job, setting: Setting) -> tuple[Path, Cost]:
+        """The checkpoint and what it cost; one that waits for its measurement is taken as it is.
+
+        Raises RuntimeError with the log's last line if there is none.
+        """
         folder = self.work / job.name
+        checkpoint, costs = folder / "checkpoint", folder / "cost.json"
+        if costs.exists() and not self.options.again:
+            return checkpoint, Cost(**json.loads(costs.read_text()))
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        command = self.command(job, folder)
+        command = self.command(job, setting, folder)
         log = self.work / f"{job.name}.log"
         status, cost = measure(command, one_thread(), ROOT, log)
-        if status or not (folder / "checkpoint" / "config.json").exists():
+        if status or not (checkpoint / "config.json").exists():
             last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
             raise RuntimeError(f"{job.name} ended with {status}: {last} (all of it: {log})")
+        costs.write_text(json.dumps(asdict(cost)))
         shutil.rmtree(folder / "run", ignore_errors=True)
-        return folder / "checkpoint", cost
+        return checkpoint, cost
 
     def result(self, job: Job) -> dict[str, Any]:
         """Quantize and measure."""
-        checkpoint, cost = self.quantize(job)
-        found = self.record(job.tool, job.setting.name, job.seed) | self.perplexities(checkpoint) | asdict(cost)
+        if job.setting is None:
+            return self.record(job) | self.perplexities(self.model)
+        checkpoint, cost = self.quantize(job, job.setting)
+        found = self.record(job) | self.perplexities(checkpoint) | asdict(cost)
         if not self.options.keep:
             shutil.rmtree(checkpoint.parent)
         return found
@@ -196,12 +205,13 @@ def peers_python(folder: Path) -> Path:
 
 def jobs_of(options: argparse.Namespace) -> list[Job]:
     """First seeds first, so that a command that is stopped has something of everything."""
-    return [
+    full = [Job(FULL_PRECISION, None, 0)] if FULL_PRECISION in options.tools else []
+    return full + [
         Job(tool, setting, seed)
         for seed in range(options.seeds)
         for setting in options.settings
         for tool in options.tools
-        if seed == 0 or tool not in WITHOUT_CHANCE
+        if tool != FULL_PRECISION and (seed == 0 or tool not in WITHOUT_CHANCE)
     ]
 
 
@@ -210,12 +220,10 @@ def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     bench = Bench(options)
     path: Path = options.json
-    if key_of(full := bench.record(FULL_PRECISION, "", 0)) not in map(key_of, read_records(path)):
-        put_record(path, full | bench.perplexities(bench.model))
     failed = 0
     for job in jobs_of(options):
         done = {key_of(record) for record in read_records(path)}
-        if key_of(bench.record(job.tool, job.setting.name, job.seed)) in done and not options.again:
+        if key_of(bench.record(job)) in done and not options.again:
             continue
         try:
             put_record(path, found := bench.result(job))
@@ -230,7 +238,7 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def tools(text: str) -> list[str]:
-        known = [*preset_names(), "rtn", *PEERS]
+        known = [FULL_PRECISION, *preset_names(), "rtn", *PEERS]
         if unknown := [tool for tool in text.split(",") if tool not in known]:
             raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no tool; there are {', '.join(known)}")
         return text.split(",")
@@ -243,7 +251,7 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
 
     assets = ROOT / "assets"
     texts = [f"wikipedia={assets / 'wikipedia-heldout.txt'}", f"news={assets / 'news.txt'}"]
-    parser.add_argument("--tools", type=tools, default="best,fast,paper,rtn,auto-round,gptq")
+    parser.add_argument("--tools", type=tools, default="full-precision,best,fast,paper,rtn,auto-round,gptq")
     parser.add_argument("--settings", type=settings, default="w4ch,w3g64,w3ch,w2g64,w2g32")
     parser.add_argument("--seeds", type=int, default=1, help="how many")
     parser.add_argument("--json", type=Path, help="where the results are, or go")

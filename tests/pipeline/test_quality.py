@@ -45,17 +45,18 @@ def test_other_names_are_refused(text: str) -> None:
 
 
 def test_the_first_seed_of_everything_comes_first_and_tools_without_chance_run_once() -> None:
-    options = parse(["--tools", "fast,gptq", "--settings", "w3g64,w4", "--seeds", "2", "--json", "x"])
+    options = parse(["--tools", "fast,gptq,full-precision", "--settings", "w3g64,w4", "--seeds", "2", "--json", "x"])
     fine, coarse = Setting(3, 64), Setting(4, None)
     first = [Job(tool, setting, 0) for setting in (fine, coarse) for tool in ("fast", "gptq")]
-    assert jobs_of(options) == [*first, Job("fast", fine, 1), Job("fast", coarse, 1)]
+    full = Job("full-precision", None, 0)
+    assert jobs_of(options) == [full, *first, Job("fast", fine, 1), Job("fast", coarse, 1)]
 
 
 def test_unknown_tools_and_settings_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for given in (["--tools", "best,awk"], ["--settings", "w9"], []):
         with pytest.raises(SystemExit):
             parse([*given, *(["--json", "x"] if given else [])])
-    assert "'awk' is no tool; there are best, fast, paper" in capsys.readouterr().err
+    assert "'awk' is no tool; there are full-precision, best, fast, paper" in capsys.readouterr().err
 
 
 def test_a_result_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
@@ -139,7 +140,8 @@ def test_the_exit_status_and_the_output_are_kept(tmp_path: Path) -> None:
 @pytest.mark.ray
 def test_round_to_nearest_on_a_tiny_model(tiny_model: Callable[..., Path], short_text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "quality.py"), "--tools", "rtn", "--settings", "w3g32,w3g64"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "quality.py"), "--tools", "full-precision,rtn"]
+    command += ["--settings", "w3g32,w3g64"]
     command += ["--model", str(tiny_model(tmp_path / "model")), "--calibration", str(short_text)]
     command += ["--text", f"wikipedia={short_text}", "--text", f"news={short_text}", "--samples", "4", "--length", "16"]
     command += ["--windows", "4", "--first-window", "2", "--work", str(tmp_path / "work"), "--json", str(out)]
