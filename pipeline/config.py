@@ -15,6 +15,7 @@ from lsi.increment import Increment, Kind
 from lsi.linear import Parts
 from lsi.pairs import KINDS, WEIGHT_ONLY
 from pipeline.errors import UserError
+from pipeline.presets import expand
 
 
 class Section(BaseModel):
@@ -370,6 +371,10 @@ def check_stages(method: MethodConfig, optimizer: OptimizerConfig) -> None:
 class RunConfig(Section):
     """The whole file."""
 
+    preset: str | None = Field(
+        None,
+        description="fast, best or paper (configs/presets): method, optimizer and schedule for the scheme; keys given here win",
+    )
     model: ModelConfig
     data: DataConfig
     scheme: SchemeConfig = SchemeConfig()
@@ -421,7 +426,8 @@ class RunConfig(Section):
     def recipe(self) -> dict[str, Any]:
         """All that decides the weights' bytes; where it runs, where it is stored and what it is measured on are left out."""
         whole = self.model_dump(mode="json")
-        del whole["cluster"], whole["outputs"], whole["evaluation"]
+        # A preset's name says nothing that its values, which are in the sections, do not say.
+        del whole["preset"], whole["cluster"], whole["outputs"], whole["evaluation"]
         if self.finetune.blocks is None:
             del whole["finetune"]
         whole["compute"] = self.compute.address()
@@ -493,12 +499,21 @@ def _explain(errors: list[Any], where: str) -> str:
     return "\n".join(lines)
 
 
+def _expanded(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree with its preset's values; as it is where the scheme that they depend on is refused anyway."""
+    try:
+        scheme = SchemeConfig.model_validate(tree.get("scheme", {}))
+    except ValidationError:
+        return tree
+    return expand(tree, scheme.model_dump())
+
+
 def parse_config(tree: object, where: str = "config") -> RunConfig:
     """A checked configuration. Raises UserError with one sentence a problem."""
     if not isinstance(tree, dict):
         raise UserError(f"{where}: expected sections such as model:, data: and storage:, found {type(tree).__name__}")
     try:
-        return RunConfig.model_validate(tree)
+        return RunConfig.model_validate(_expanded(tree))
     except ValidationError as error:
         raise UserError(_explain(error.errors(), where)) from error
 

@@ -17,6 +17,7 @@ from pipeline.graph import build_graph
 from pipeline.merge import plan_shards, scheme_layout, shards_with_blocks, unpublished
 from pipeline.model_source import DTYPES, locate, open_model
 from pipeline.prepare import check_equivalence, check_look_ahead, check_purpose, check_scheme
+from pipeline.presets import SECTIONS
 from pipeline.simulate import Network, simulate
 from pipeline.skeleton import Skeleton, make_skeleton
 from pipeline.tensors import layout_bytes
@@ -93,6 +94,8 @@ def estimate(config: RunConfig, workers: int | None = None) -> dict[str, Any]:
     return {
         "scheme": config.scheme.words,
         "unpublished": reason,
+        "preset": config.preset,
+        **{name: getattr(config, name).model_dump(mode="json") for name in SECTIONS},
         "blocks": blocks,
         "units": units,
         "steps_per_block": steps,
@@ -131,12 +134,23 @@ def cache_lines(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def settings_lines(found: dict[str, Any]) -> list[str]:
+    """What is trained and how, defaults and a preset's values with the rest."""
+    preset = [f"preset        {found['preset']}"] if found["preset"] else []
+    values = {
+        name: ", ".join(f"{key} {value}" for key, value in found[name].items() if value not in (None, []))
+        for name in SECTIONS
+    }
+    return preset + [f"{name:<13} {text}" for name, text in values.items()]
+
+
 def estimate_lines(found: dict[str, Any]) -> list[str]:
     """For a person."""
     size = {name: human_bytes(value) for name, value in found["bytes"].items()}
     without = [f"checkpoint    none is published: {found['unpublished']}"]
     return [
         f"scheme        {found['scheme']}",
+        *settings_lines(found),
         f"blocks        {found['blocks']}",
         f"units         {', '.join(f'{stage} {count}' for stage, count in found['units'].items())}",
         f"steps         {found['steps']} ({found['steps_per_block']} a block, {found['trained_per_block']} trained numbers in each)",

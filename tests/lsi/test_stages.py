@@ -88,6 +88,19 @@ def test_the_first_stage_is_training_without_the_others_along_one_decay(way: str
         assert_same(staged.parameters[name], tensor)
 
 
+def watch_gradients(reconstruction: Reconstruction) -> dict[str, Tensor | None]:
+    """Those of the last step, by parameter; a step itself leaves none."""
+    gradients: dict[str, Tensor | None] = {}
+
+    def keep(*_: object) -> None:
+        for name, parameter in reconstruction.parameters.items():
+            gradients[name] = None if parameter.grad is None else parameter.grad.clone()
+
+    assert reconstruction.optimizer is not None
+    reconstruction.optimizer.register_step_pre_hook(keep)
+    return gradients
+
+
 def test_each_part_has_adam_and_a_cosine_from_its_own_first_step() -> None:
     """The updates written out in float64, from the gradients of each step."""
     method = WAYS["adamw: clipping, then diagonal"]
@@ -95,14 +108,7 @@ def test_each_part_has_adam_and_a_cosine_from_its_own_first_step() -> None:
     found = {name: parameter.detach().double() for name, parameter in reconstruction.parameters.items()}
     first = {name: torch.zeros_like(value) for name, value in found.items()}
     second = {name: torch.zeros_like(value) for name, value in found.items()}
-    gradients: dict[str, Tensor | None] = {}
-
-    def keep(*_: object) -> None:
-        for name, parameter in reconstruction.parameters.items():
-            gradients[name] = None if parameter.grad is None else parameter.grad.double()
-
-    assert reconstruction.optimizer is not None
-    reconstruction.optimizer.register_step_pre_hook(keep)
+    gradients = watch_gradients(reconstruction)
     for number in range(WARM + 2):
         steps(reconstruction, range(number, number + 1))
         for name in reconstruction.parameters:
@@ -111,7 +117,7 @@ def test_each_part_has_adam_and_a_cosine_from_its_own_first_step() -> None:
                 assert gradient is None
                 continue
             assert gradient is not None
-            done = number - start
+            gradient, done = gradient.double(), number - start
             first[name] = 0.9 * first[name] + 0.1 * gradient
             second[name] = 0.999 * second[name] + 0.001 * gradient**2
             rate = method.rates[part_of(name)] * 0.5 * (1 + math.cos(math.pi * done / (TOTAL - start)))
@@ -123,14 +129,16 @@ def test_each_part_has_adam_and_a_cosine_from_its_own_first_step() -> None:
 
 def test_signed_steps_have_a_straight_line_from_their_own_first_step() -> None:
     reconstruction = begin("signed: clipping, then diagonal and rounding")
+    gradients = watch_gradients(reconstruction)
     steps(reconstruction, range(WARM))
     for done in range(2):
         before = values(reconstruction, late=True)
         steps(reconstruction, range(WARM + done, WARM + done + 1))
         for name, tensor in before.items():
             parameter = reconstruction.parameters[name]
-            assert parameter.grad is not None
-            assert_close(parameter, tensor - 5e-2 * (1 - done / (TOTAL - WARM)) * parameter.grad.sign())
+            gradient = gradients[name]
+            assert gradient is not None
+            assert_close(parameter, tensor - 5e-2 * (1 - done / (TOTAL - WARM)) * gradient.sign())
 
 
 @WAY

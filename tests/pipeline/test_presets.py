@@ -1,0 +1,145 @@
+"""One word for a method, an optimizer and a schedule: what it becomes, and who wins."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline import presets
+from pipeline.config import RunConfig, load_config, parse_config
+from pipeline.errors import UserError
+from pipeline.estimate import estimate, estimate_lines
+from pipeline.identity import claim, recorded_config
+from pipeline.store import open_store
+
+ROOT = Path(__file__).parent.parent.parent
+SCHEMES = [{"bits": bits, "group_size": group} for bits in (2, 3, 4) for group in (None, 64)]
+
+RULED = """
+set:
+  method: {increment: dense, rank: 8}
+  optimizer: {epochs: 5}
+rules:
+  - when: {bits: [2, 3]}
+    set: {optimizer: {epochs: 7}}
+  - when: {bits: 2, grouped: false}
+    set: {optimizer: {epochs: 9}, method: {clipping: none}}
+  - when: {symmetric: true}
+    set: {schedule: {kind: sequential}}
+"""
+
+
+def tree(**sections: Any) -> dict[str, Any]:
+    return {"model": {"source": "m"}, "data": {"source": "d"}, "storage": {"run": "r"}} | sections
+
+
+@pytest.fixture
+def ruled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of presets with the one above."""
+    (tmp_path / "ruled.yaml").write_text(RULED)
+    monkeypatch.setattr(presets, "preset_folder", lambda: tmp_path)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("name", presets.preset_names())
+def test_every_shipped_preset_gives_a_valid_run_for_every_scheme(name: str, scheme: dict[str, Any]) -> None:
+    config = parse_config(tree(preset=name, scheme=scheme))
+    assert config.preset == name
+    assert config.optimizer.epochs > 0
+
+
+def test_the_three_presets_are_there() -> None:
+    assert set(presets.preset_names()) >= {"best", "fast", "paper"}
+
+
+@pytest.mark.usefixtures("ruled")
+@pytest.mark.parametrize(
+    ("scheme", "epochs", "clipping", "schedule"),
+    [
+        ({"bits": 4}, 5, "learned", "parallel"),
+        ({"bits": 3}, 7, "learned", "parallel"),
+        ({"bits": 2}, 7, "learned", "parallel"),
+        ({"bits": 2, "group_size": None}, 9, "none", "parallel"),
+        ({"bits": 3, "group_size": None, "symmetric": True}, 7, "learned", "sequential"),
+        ({}, 5, "learned", "parallel"),
+    ],
+)
+def test_rules_apply_to_their_schemes_and_the_later_one_wins(
+    scheme: dict[str, Any], epochs: int, clipping: str, schedule: str
+) -> None:
+    config = parse_config(tree(preset="ruled", scheme=scheme))
+    assert (config.optimizer.epochs, config.method.clipping, config.schedule.kind) == (epochs, clipping, schedule)
+    assert (config.method.increment, config.method.rank) == ("dense", 8)
+
+
+@pytest.mark.usefixtures("ruled")
+def test_what_the_file_and_the_command_line_say_wins(tmp_path: Path) -> None:
+    path = tmp_path / "x.yml"
+    path.write_text(yaml.safe_dump(tree(preset="ruled", scheme={"bits": 3}, method={"rank": None})))
+    config = load_config(str(path), ["optimizer.epochs=1"])
+    assert (config.method.increment, config.method.rank, config.optimizer.epochs) == ("dense", None, 1)
+    # The scheme on the command line decides which rules hold.
+    assert load_config(str(path), ["scheme.bits=2", "scheme.group_size=null"]).optimizer.epochs == 9
+    assert load_config(str(path), ["preset=null"]).method.increment == "diagonal"
+
+
+@pytest.mark.usefixtures("ruled")
+def test_the_recipe_is_that_of_the_values_written_out() -> None:
+    short = parse_config(tree(preset="ruled", scheme={"bits": 3}))
+    whole = parse_config(tree(scheme={"bits": 3}, method={"increment": "dense", "rank": 8}, optimizer={"epochs": 7}))
+    assert short.recipe() == whole.recipe()
+    assert "preset" not in short.recipe()
+
+
+@pytest.mark.usefixtures("ruled")
+def test_a_run_keeps_its_values_when_the_preset_changes(tmp_path: Path) -> None:
+    config = parse_config(tree(preset="ruled", storage={"run": str(tmp_path / "run")}))
+    store = open_store(config.storage.run)
+    claim(store, config, None)
+    (tmp_path / "ruled.yaml").write_text(RULED.replace("epochs: 5", "epochs: 6"))
+    assert parse_config(tree(preset="ruled")).optimizer.epochs == 6
+    assert recorded_config(store, {}) == config
+
+
+def test_an_unknown_preset_is_one_sentence_with_the_names() -> None:
+    with pytest.raises(UserError, match=r"^preset 'bset' does not exist; there are best, fast, paper"):
+        parse_config(tree(preset="bset"))
+
+
+def test_a_bad_scheme_is_still_named_by_its_key() -> None:
+    with pytest.raises(UserError, match=r"scheme\.bits = 5"):
+        parse_config(tree(preset="best", scheme={"bits": 5}))
+    with pytest.raises(UserError, match="method"):
+        parse_config(tree(preset="best", method="all"))
+
+
+def test_the_plan_shows_the_values(tiny_model: Any, short_text: Path, tmp_path: Path) -> None:
+    sections = {
+        "model": {"source": str(tiny_model(tmp_path / "model"))},
+        "data": {"source": str(short_text), "samples": 8, "sequence_length": 16},
+        "scheme": {"bits": 2, "group_size": 32},
+    }
+    config: RunConfig = parse_config(tree(preset="paper", **sections))
+    found = estimate(config)
+    assert found["preset"] == "paper"
+    assert found["optimizer"]["epochs"] == config.optimizer.epochs
+    lines = estimate_lines(found)
+    assert lines[1].split() == ["preset", "paper"]
+    assert any(line.startswith("optimizer ") and f"epochs {config.optimizer.epochs}" in line for line in lines)
+
+
+def test_the_wheel_carries_the_presets(tmp_path: Path) -> None:
+    """As pip builds it; setuptools copies configs/presets into the package."""
+    script = f"import os; from setuptools.build_meta import build_wheel; print(build_wheel({str(tmp_path)!r}))"
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "lsi", "cluster", "pipeline", "configs"):
+        (source / name).symlink_to(ROOT / name)
+    done = subprocess.run([sys.executable, "-c", script], cwd=source, capture_output=True, text=True, check=True)
+    with zipfile.ZipFile(tmp_path / done.stdout.splitlines()[-1]) as wheel:
+        shipped = {Path(name).stem for name in wheel.namelist() if name.startswith("pipeline/preset_files/")}
+    assert shipped == set(presets.preset_names())
