@@ -39,6 +39,8 @@ class LearnedClipping(nn.Module):
 class DirectClipping(nn.Module):
     """The bounds' factors themselves, in (0, 1], starting at the full range (SignRound, section 3.2). For signed steps."""
 
+    bounds = (SMALLEST_BOUND, 1.0)  # what its parameters are put back into after a step
+
     def __init__(self, out_features: int, groups: int, device: torch.device) -> None:
         super().__init__()
         self.lower = nn.Parameter(torch.ones(out_features, groups, device=device))
@@ -49,15 +51,11 @@ class DirectClipping(nn.Module):
     ) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
         return low * self.lower, high * self.upper
 
-    @torch.no_grad()
-    def project(self) -> None:
-        """Back into the bounds, after a step."""
-        for bound in (self.lower, self.upper):
-            bound.clamp_(SMALLEST_BOUND, 1)
-
 
 class LearnedRounding(nn.Module):
     """An offset within half a step for every weight, added before rounding (SignRound, equation 3)."""
+
+    bounds = (-LARGEST_OFFSET, LARGEST_OFFSET)  # what its parameters are put back into after a step
 
     def __init__(self, weight: Float[Tensor, "out in"]) -> None:
         super().__init__()
@@ -67,11 +65,6 @@ class LearnedRounding(nn.Module):
         # W + scale · offset, and then W / scale + offset in the grid: the scale's gradient through the offset cancels.
         grouped = self.offset.view(*scale.shape, -1) * scale.unsqueeze(-1)
         return weight + grouped.view_as(weight)
-
-    @torch.no_grad()
-    def project(self) -> None:
-        """Back into the bounds, after a step."""
-        self.offset.clamp_(-LARGEST_OFFSET, LARGEST_OFFSET)
 
 
 CLIPPINGS: dict[Clipping, type[LearnedClipping] | type[DirectClipping]] = {

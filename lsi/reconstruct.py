@@ -18,11 +18,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lsi.block import Hidden, replace_linears, run_block, trainable
+from lsi.engine import Engine, Group, TorchEngine
 from lsi.equivalence import Equivalence
 from lsi.experts import expert_of
 from lsi.grid import Grid, QuantizedWeight, clip_to_weights
-from lsi.linear import DirectClipping, LearnedRounding, Parts
-from lsi.steps import DECAY, Steps, make_optimizer
+from lsi.linear import DirectClipping, LearnedRounding, Parts, QuantizedLinear
+from lsi.steps import DECAY, Bounds, Steps
 
 Result = TypeVar("Result")
 Status = Literal["ok", "non_finite"]
@@ -80,27 +81,53 @@ def part_of(parameter: str) -> str:
     return "equivalence" if parameter.startswith("let.") else parameter.split(".")[-2]
 
 
-class Reconstruction:
-    """The trained state of one block."""
+def grouped(block: nn.Module, rates: Mapping[str, float]) -> list[Group]:
+    """Parameters with their learning rates, by these and by their bounds."""
+    groups: dict[tuple[float, Bounds], list[str]] = {}
+    for name, rate in rates.items():
+        groups.setdefault((rate, bounds_of(block, name)), []).append(name)
+    return [Group(tuple(names), rate, bounds) for (rate, bounds), names in groups.items()]
 
-    def __init__(self, block: nn.Module, names: list[str], method: Method) -> None:
+
+def bounds_of(block: nn.Module, parameter: str) -> Bounds:
+    """What a parameter of a linear's part is put back into after every step."""
+    if part_of(parameter) == "equivalence":
+        return None
+    part = block.get_submodule(parameter.rpartition(".")[0])
+    return part.bounds if isinstance(part, DirectClipping | LearnedRounding) else None
+
+
+def quantized_linear(block: nn.Module, name: str) -> QuantizedLinear:
+    """A linear that has been replaced, by its name within the block."""
+    linear = block.get_submodule(name)
+    assert isinstance(linear, QuantizedLinear)
+    return linear
+
+
+class Reconstruction:
+    """The trained state of one block. It takes the block over: an engine may put another in its place."""
+
+    def __init__(self, block: nn.Module, names: list[str], method: Method, engine: Engine | None = None) -> None:
         self.method = method
-        self.block = block.float()
+        block = block.float()
         self.equivalence = None
         if method.equivalence:
             self.equivalence = Equivalence(
-                self.block, method.equivalence, shifts=method.shifts, dtype=method.parts.scale_dtype
+                block, method.equivalence, shifts=method.shifts, dtype=method.parts.scale_dtype
             )
-        self.linears = replace_linears(self.block, names, method.grid, method.parts)
-        self.experts = {name: expert for name in sorted(names) if (expert := expert_of(self.block, name))}
+        linears = replace_linears(block, names, method.grid, method.parts)
+        self.experts = {name: expert for name in sorted(names) if (expert := expert_of(block, name))}
+        parameters = dict(trainable(linears))
+        if self.equivalence is not None:
+            parameters |= {f"let.{name}": p for name, p in self.equivalence.named_parameters()}
+        self.rates = {name: method.rates[part_of(name)] for name in parameters}
+        groups = grouped(block, self.rates)
+        self.attachment = (engine or TorchEngine()).attach(block, linears, parameters, method.steps, groups)
+        self.block, self.parameters = self.attachment.block, self.attachment.parameters
+        self.linears = {name: quantized_linear(self.block, name) for name in linears}
         self.tokens = dict.fromkeys(self.experts, 0)
         for name in self.experts:
             self.linears[name].register_forward_pre_hook(self._count(name))
-        self.parameters = dict(trainable(self.linears))
-        if self.equivalence is not None:
-            self.parameters |= {f"let.{name}": p for name, p in self.equivalence.named_parameters()}
-        self.rates = {name: method.rates[part_of(name)] for name in self.parameters}
-        self.optimizer = self._make_optimizer()
         self.steps_done = 0
         self.status: Status = "ok"
 
@@ -115,15 +142,6 @@ class Reconstruction:
         least = self.method.fewest_tokens * self.steps_done
         few = (name for name, seen in self.tokens.items() if seen * self.method.total_steps < least)
         return sorted({self.experts[name] for name in few})
-
-    def _make_optimizer(self) -> torch.optim.Optimizer | None:
-        if not self.parameters:
-            return None
-        groups = [
-            {"params": [p for n, p in self.parameters.items() if self.rates[n] == rate], "lr": rate, "base": rate}
-            for rate in sorted(set(self.rates.values()))
-        ]
-        return make_optimizer(self.method.steps, groups)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.method.autocast is None:
@@ -140,37 +158,19 @@ class Reconstruction:
 
         A loss or a gradient that is not finite leaves the parameters alone and sets the status; later steps return NaN.
         """
-        if self.optimizer is None or self.status != "ok":
+        if not self.parameters or self.status != "ok":
             return math.nan
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base"] * DECAY[self.method.steps](self.steps_done, self.method.total_steps)
-        self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
-            output = self._within(lambda: run_block(self.block, inputs.float(), arguments))
+        output = self.attachment.run(lambda: self._forward(inputs, arguments))
         loss = token_losses(output, targets, self.method.loss, self.method.first_token).mean()
-        loss.backward()
-        for parameter in self.parameters.values():
-            # A linear that the batch does not reach (an expert) takes part with zeros: one step count serves all.
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        if self._finite(loss):
-            self.optimizer.step()
-            self._project()
+        if self.attachment.step(loss, DECAY[self.method.steps](self.steps_done, self.method.total_steps)):
             self.steps_done += 1
         else:
             self.status = "non_finite"
         return loss.item()
 
-    def _project(self) -> None:
-        for linear in self.linears.values():
-            for part in (linear.clipping, linear.rounding):
-                if isinstance(part, DirectClipping | LearnedRounding):
-                    part.project()
-
-    def _finite(self, loss: Tensor) -> bool:
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        total = torch.stack([loss.detach(), *[g.square().sum() for g in gradients]])
-        return bool(torch.isfinite(total).all())
+    def _forward(self, inputs: Hidden, arguments: Mapping[str, Any]) -> Hidden:
+        with self._autocast():
+            return self._within(lambda: run_block(self.block, inputs.float(), arguments))
 
     def quantized(self) -> dict[str, QuantizedWeight]:
         """Codes, scales and zero points of the present parameters, by linear name."""
@@ -179,7 +179,8 @@ class Reconstruction:
 
     def _quantized(self, name: str, *, clip: bool) -> QuantizedWeight:
         linear = self.linears[name]
-        return clip_to_weights(linear.weight, self.method.grid, linear.scale_dtype) if clip else linear.quantized()
+        with self.attachment.whole(linear):
+            return clip_to_weights(linear.weight, self.method.grid, linear.scale_dtype) if clip else linear.quantized()
 
     @torch.no_grad()
     def folded(self) -> dict[str, Tensor]:
@@ -189,18 +190,12 @@ class Reconstruction:
 
     def export_state(self) -> dict[str, Tensor]:
         """Parameters, and AdamW's moments, to go on from elsewhere. Views: copy them before the next step."""
-        state = {f"value/{name}": p.detach() for name, p in self.parameters.items()}
+        state = self.attachment.export_state()
         state["steps"] = torch.tensor([self.steps_done, self.status == "non_finite"], dtype=torch.int64)
         if self.tokens:
             state["tokens"] = torch.tensor(list(self.tokens.values()), dtype=torch.int64)
-        if isinstance(self.optimizer, torch.optim.AdamW) and self.steps_done:
-            for name, parameter in self.parameters.items():
-                moments = self.optimizer.state[parameter]
-                state[f"first/{name}"] = moments["exp_avg"]
-                state[f"second/{name}"] = moments["exp_avg_sq"]
         return state
 
-    @torch.no_grad()
     def import_state(self, state: Mapping[str, Tensor]) -> None:
         """Take up an exported state: from here every step equals, bit for bit, what it would have been there."""
         steps, failed = (int(v) for v in state["steps"])
@@ -208,13 +203,4 @@ class Reconstruction:
         self.status = "non_finite" if failed else "ok"
         if self.tokens:
             self.tokens = dict(zip(self.tokens, state["tokens"].tolist(), strict=True))
-        if self.optimizer is not None:
-            self.optimizer.state.clear()
-        for name, parameter in self.parameters.items():
-            parameter.copy_(state[f"value/{name}"])
-            if isinstance(self.optimizer, torch.optim.AdamW) and steps:
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(steps)),
-                    "exp_avg": state[f"first/{name}"].clone().to(parameter.device),
-                    "exp_avg_sq": state[f"second/{name}"].clone().to(parameter.device),
-                }
+        self.attachment.import_state(state, steps)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 Steps = Literal["adamw", "signed"]
+Bounds = tuple[float, float] | None
 
 
 class SignedSteps(torch.optim.Optimizer):
@@ -34,9 +36,42 @@ def linear(step: int, total: int) -> float:
     return 1 - min(step, total) / max(total, 1)
 
 
-def make_optimizer(kind: Steps, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """AdamW without weight decay (the papers'), or signed steps."""
-    return torch.optim.AdamW(groups, weight_decay=0.0) if kind == "adamw" else SignedSteps(groups)
+def as_groups(groups: Sequence[tuple[float, Bounds, list[nn.Parameter]]]) -> list[dict[str, Any]]:
+    """(rate, bounds, parameters) as torch's optimizers take it; `base` is the rate that a schedule's factor is of."""
+    # Nothing trained is an empty group: torch refuses an empty list.
+    groups = groups or [(0.0, None, [])]
+    return [{"params": params, "lr": rate, "base": rate, "bounds": bounds} for rate, bounds, params in groups]
+
+
+def make_optimizer(
+    kind: Steps, groups: Sequence[tuple[float, Bounds, list[nn.Parameter]]], *, fused: bool = False
+) -> torch.optim.Optimizer:
+    """AdamW without weight decay (the papers'), or signed steps. Either puts parameters back into their group's bounds.
+
+    fused: AdamW in one pass over memory, without temporaries; rounds otherwise.
+    """
+    optimizer: torch.optim.Optimizer
+    if kind == "adamw":
+        optimizer = torch.optim.AdamW(as_groups(groups), weight_decay=0.0, fused=fused)
+    else:
+        optimizer = SignedSteps(as_groups(groups))
+    optimizer.register_step_post_hook(lambda stepped, arguments, keywords: project(stepped))
+    return optimizer
+
+
+@torch.no_grad()
+def project(optimizer: torch.optim.Optimizer) -> None:
+    """Every parameter back into the bounds of its group."""
+    for group in optimizer.param_groups:
+        if group["bounds"] is not None:
+            for parameter in group["params"]:
+                parameter.clamp_(*group["bounds"])
+
+
+def set_rates(optimizer: Any, factor: float) -> None:
+    """Learning rates from the groups' own ones and the schedule's factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base"] * factor
 
 
 DECAY = {"adamw": cosine, "signed": linear}
