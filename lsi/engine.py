@@ -73,6 +73,9 @@ class Engine(Protocol):
         """The block belongs to the engine from now on. linears: the parts of it, by name, whose tensors are used together.
         parameters: what is trained, each in one of the groups."""
 
+    def close(self) -> None:
+        """Let go of what is kept from block to block; attachments are of no use afterwards."""
+
 
 class TorchEngine:
     """Everything stays on the block's device."""
@@ -87,13 +90,16 @@ class TorchEngine:
     ) -> TorchAttachment:
         return TorchAttachment(block, parameters, steps, groups)
 
+    def close(self) -> None:
+        """Nothing is kept."""
+
 
 class TorchAttachment:
     def __init__(
         self, block: nn.Module, parameters: Mapping[str, nn.Parameter], steps: Steps, groups: Sequence[Group]
     ) -> None:
         self.block = block
-        self.parameters = dict(parameters)
+        self.parameters: Mapping[str, nn.Parameter] = dict(parameters)
         self.optimizer = make_optimizer(
             steps, [(group.rate, group.bounds, [parameters[name] for name in group.names]) for group in groups]
         )

@@ -139,8 +139,8 @@ class Best:
 
 def begin(worker: Worker, block: int) -> Trained:
     """A block at the start of its training."""
-    own: nn.Module = copy.deepcopy(worker.block(block))
-    reconstruction = Reconstruction(own, worker.linears(block), make_method(worker.context))
+    own: nn.Module = copy.deepcopy(worker.block(block)).to(worker.home)
+    reconstruction = Reconstruction(own, worker.linears(block), make_method(worker.context), worker.engine)
     return Trained(reconstruction, BlockResult(reconstruction.quantized()))
 
 

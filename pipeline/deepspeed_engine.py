@@ -20,14 +20,14 @@ from __future__ import annotations
 import gc
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lsi.engine import Group
+from lsi.engine import Attachment, Group, TorchEngine
 from lsi.steps import Steps, as_groups, make_optimizer, project, set_rates
 from pipeline.deepspeed_ops import load_cpu_adam, start_deepspeed
 
@@ -69,7 +69,9 @@ class DeepSpeedEngine:
         parameters: Mapping[str, nn.Parameter],
         steps: Steps,
         groups: Sequence[Group],
-    ) -> DeepSpeedAttachment:
+    ) -> Attachment:
+        if not parameters:
+            return TorchEngine().attach(block, linears, parameters, steps, groups)
         own = dict(block.named_parameters())
         if foreign := [name for name in parameters if name not in own]:
             raise ValueError(f"{foreign[0]} is no parameter of the block: DeepSpeed trains those alone")
@@ -78,7 +80,6 @@ class DeepSpeedEngine:
         if self.held is not None and (self.held.structure != structure or self.held.busy):
             self.close()
         if self.held is None:
-            start_deepspeed(self.device.type)
             self.held = Held(block, linears, steps, groups, structure, self.device, self.offload)
         else:
             self.held.take_in(block)
@@ -129,19 +130,23 @@ class Held:
         device: torch.device,
         offload: Offload,
     ) -> None:
-        import deepspeed
-
+        deepspeed = start_deepspeed(device.type)
         self.block, self.structure, self.busy, self.block_number = block, structure, False, 0
         block.register_forward_pre_hook(ask_for_gradient)
+        for module in block.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
         for linear in linears.values():
             deepspeed.utils.set_z3_leaf_module(linear, True)
         own = dict(block.named_parameters())
         stepped = [(group.rate, group.bounds, [own[name] for name in group.names]) for group in groups]
         largest = max(sum(p.numel() for p in linear.parameters()) for linear in linears.values())
-        runner = Runner(block)
+        self.runner = Runner(block)
         settings = ds_settings(offload, largest, pinned=device.type == "cuda")
-        deepspeed.zero.Init(module=runner, config_dict_or_path=settings)
-        self.engine = deepspeed.initialize(model=runner, optimizer=client_optimizer(steps, stepped, offload), config=settings)[0]
+        deepspeed.zero.Init(module=self.runner, config_dict_or_path=settings)
+        self.engine = deepspeed.initialize(
+            model=self.runner, optimizer=client_optimizer(steps, stepped, offload), config=settings
+        )[0]
         self.zero = self.engine.optimizer
         self.parameters, self.counts_in_python = own, offload.adam == "cpu_adam"
         self.hooks = {module: set(module._forward_pre_hooks) for module in block.modules()}
@@ -150,18 +155,18 @@ class Held:
         """Put another block's tensors and plain attributes in the place of the one before's."""
         self.block_number += 1
         self.zero.optimizer.state.clear()
-        for (name, module), source in zip(self.block.named_modules(), block.modules(), strict=True):
+        for module, source in zip(self.block.modules(), block.modules(), strict=True):
             vars(module).update(plain_attributes(source))
             for hook in set(module._forward_pre_hooks) - self.hooks[module]:
                 del module._forward_pre_hooks[hook]
-        for (_, buffer), source in zip(self.block.named_buffers(), block.buffers(), strict=True):
-            buffer.copy_(source)
-        for (name, source) in block.named_parameters():
-            self.write(self.parameters[name], source.detach())
-            source.data = source.new_empty(0)
+        for kept, given in zip(self.block.buffers(), block.buffers(), strict=True):
+            kept.copy_(given)
+        for name, parameter in block.named_parameters():
+            self.write(self.parameters[name], parameter.detach())
+            parameter.data = parameter.new_empty(0)
 
     @torch.no_grad()
-    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
+    def write(self, parameter: Any, value: Tensor) -> None:
         """A parameter's new value."""
         partition, value = parameter.ds_tensor, value.reshape(-1)
         if parameter.requires_grad:
@@ -172,10 +177,11 @@ class Held:
         else:
             partition.copy_(value)
 
-    def master(self, parameter: nn.Parameter, key: str | None = None) -> Tensor:
+    def master(self, parameter: Any, key: str | None = None) -> Tensor:
         """The optimizer's own copy of a trained parameter, or one of its moments: a view."""
         found = self.zero._get_fp32_opt_state_partition(parameter, release_swap_buffers=True, optim_state_key=key)[0]
-        return found.detach().view(parameter.ds_shape)
+        whole: Tensor = found.detach().view(parameter.ds_shape)
+        return whole
 
     def forget_gradients(self) -> None:
         self.zero.zero_grad()
@@ -188,11 +194,13 @@ class Held:
         from deepspeed.runtime.zero import parameter_offload
 
         self.engine.destroy()
-        # What destroy leaves behind: the stack that every initialize grows, and all tensors of the block.
-        parameter_offload.FWD_MODULE_STACK.clear()
+        # What destroy leaves behind: an entry of a stack that every initialize grows, and all tensors of the block.
+        stack = parameter_offload.FWD_MODULE_STACK
+        stack[:] = [module for module in stack if module is not self.runner]
         self.zero.optimizer.state.clear()
         for parameter in self.block.parameters():
-            parameter.ds_tensor.data = parameter.data = parameter.new_empty(0)
+            partition: Any = parameter.__dict__["ds_tensor"]
+            partition.data = parameter.data = parameter.new_empty(0)
         for flat in (*self.zero.fp32_partitioned_groups_flat, *self.zero.fp16_partitioned_groups_flat):
             flat.data, flat.grad = flat.new_empty(0), None
 
@@ -205,7 +213,7 @@ def ask_for_gradient(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any
 def ds_settings(offload: Offload, largest: int, *, pinned: bool) -> dict[str, Any]:
     """DeepSpeed's configuration. largest: numbers in the largest linear, which is read ahead while another computes."""
     host = {"device": "cpu", "pin_memory": pinned}
-    zero = {
+    zero: dict[str, Any] = {
         "stage": 3,
         "contiguous_gradients": False,
         "overlap_comm": False,
@@ -247,7 +255,7 @@ class DeepSpeedAttachment:
         self.held = held
         self.number = held.block_number
         self.block = held.block
-        self.parameters = {name: held.parameters[name] for name in names}
+        self.parameters: Mapping[str, nn.Parameter] = {name: held.parameters[name] for name in names}
 
     def _check(self) -> None:
         if self.held.block_number != self.number:

@@ -27,7 +27,7 @@ from pipeline.driver import Driver, GaveUpError, StoppedError
 from pipeline.errors import UserError
 from pipeline.estimate import human_bytes
 from pipeline.graph import KINDS, TRAIN, Graph, Inputs, build_graph
-from pipeline.identity import check_claim, package_version
+from pipeline.identity import check_claim, package_version, packages_of
 from pipeline.lease import hold
 from pipeline.merge import checkpoint_layout, plan_shards, shards_with_blocks, withdraw
 from pipeline.prepare import Prepared
@@ -39,7 +39,7 @@ from pipeline.worker import Context, make_handler
 
 PLAN_FILE = "plan.json"
 # Driver and workers exchange pickles of these, and other versions of them may round otherwise.
-COMPARED = ("ray", "torch", "transformers", "lsi-quant")
+COMPARED = ("ray", "lsi-quant")
 
 
 @dataclass
@@ -76,7 +76,7 @@ def ray_workers(config: RunConfig, context: Context, report: Reporter) -> Iterat
                 partial(make_handler, context),
                 worker_pools(cluster),
                 deadline=cluster.deadline_seconds,
-                versions=versions.here(COMPARED),
+                versions=versions.here((*COMPARED, *packages_of(config.compute))),
                 on_message=report.message,
             )
             try:
@@ -117,6 +117,7 @@ def graph_of(prepared: Prepared, blocks: list[str], outer: str, quarantined: dic
             "torch": torch.__version__,
             "transformers": package_version("transformers"),
         }
+        | ({"deepspeed": package_version("deepspeed")} if config.compute.engine == "deepspeed" else {})
     )
     return build_graph(
         Inputs(
@@ -160,7 +161,7 @@ def leased(prepared: Prepared, report: Reporter) -> Iterator[None]:
         prepared.store.check_fence = prepared.checkpoint.check_fence = lease.check
         try:
             # Another configuration may have claimed the directory since it was looked at.
-            check_claim(prepared.store, prepared.config, plain.autocast)
+            check_claim(prepared.store, prepared.config, plain.resolved)
             sweep(prepared, report)
             try:
                 yield

@@ -17,7 +17,7 @@ from pipeline.config import (
     valid_keys,
 )
 from pipeline.errors import UserError
-from pipeline.identity import RUN_FILE, claim, recorded_config
+from pipeline.identity import RUN_FILE, Resolved, claim, recorded_config
 from pipeline.store import open_store
 
 CONFIGS = sorted((Path(__file__).parent.parent.parent / "configs").glob("*.yaml"))
@@ -277,7 +277,7 @@ def test_recorded_run_holds_no_storage_options() -> None:
     options = {"key": "hunter2", "client_kwargs": {"token": "hunter2"}}
     config = parse_config(tree(storage={"run": "r", "options": options}))
     store = open_store("memory://test-config-recorded")
-    claim(store, config, None)
+    claim(store, config, Resolved(None, "torch"))
     assert b"hunter2" not in store.get(RUN_FILE)
     assert b"options" not in store.get(RUN_FILE)
     assert recorded_config(store, options) == config
