@@ -234,7 +234,7 @@ def probe(store: Store) -> None:
         if key not in store.list(folder):
             raise OSError("what was written is not listed")
     finally:
-        store.delete(key)
+        store.delete_all(folder)
     if store.exists(key):
         raise OSError("what was deleted is still there")
 
