@@ -193,8 +193,10 @@ class Held:
     def close(self) -> None:
         from deepspeed.runtime.zero import parameter_offload
 
+        self.block_number = -1
         self.engine.destroy()
-        # What destroy leaves behind: an entry of a stack that every initialize grows, and all tensors of the block.
+        # What destroy leaves behind: an entry of a stack that every initialize grows, and, in objects that something
+        # goes on pointing at, all tensors of the block.
         stack = parameter_offload.FWD_MODULE_STACK
         stack[:] = [module for module in stack if module is not self.runner]
         self.zero.optimizer.state.clear()
@@ -203,6 +205,8 @@ class Held:
             partition.data = parameter.data = parameter.new_empty(0)
         for flat in (*self.zero.fp32_partitioned_groups_flat, *self.zero.fp16_partitioned_groups_flat):
             flat.data, flat.grad = flat.new_empty(0), None
+        self.engine.optimizer = None
+        vars(self.zero).clear()
 
 
 def ask_for_gradient(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -259,7 +263,7 @@ class DeepSpeedAttachment:
 
     def _check(self) -> None:
         if self.held.block_number != self.number:
-            raise RuntimeError("this block's engine has taken in another block since")
+            raise RuntimeError("this block's engine was closed or has taken in another block since")
 
     def run(self, function: Callable[[], Tensor]) -> Tensor:
         self._check()
