@@ -197,6 +197,10 @@ def prepare(config: RunConfig, report: Reporter) -> Prepared:
     store.check_writable()
     resolved = resolve(config, store)
     check_claim(store, config, resolved)
+    if config.compute.offloads_optimizer and config.optimizer.steps == "adamw" and resolved.adam == "torch":
+        report.message(
+            "torch's AdamW steps in host memory: this run began without a cpu_adam built by `lsi doctor --build`"
+        )
     checkpoint = open_store(checkpoint_url(config), config.storage.options)
     checkpoint.check_writable()
     check_place(checkpoint, config, resolved)
