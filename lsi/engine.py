@@ -5,8 +5,9 @@ engine may move tensors away between their uses and keep the optimizer's state e
 module of the same structure; whoever reads tensors outside a forward pass does so within `whole`.
 
     attachment = engine.attach(block, linears, parameters, steps, groups)
-    output = attachment.run(lambda: attachment.block(hidden))
-    finite = attachment.step(loss_of(output), factor)
+    part = attachment.part(len(hidden))
+    output = attachment.run(lambda: attachment.block(hidden[part]))
+    loss, finite = attachment.step(loss_of(output), factor)
 """
 
 from __future__ import annotations
@@ -38,14 +39,20 @@ class Attachment(Protocol):
     block: nn.Module
     parameters: Mapping[str, nn.Parameter]
 
+    def part(self, samples: int) -> slice:
+        """Which samples of a batch this process computes: all, or its share of a group's (`lsi.group`), which may be none."""
+
+    def total(self, counts: list[int]) -> list[int]:
+        """The sums of whole numbers over all processes that share the batches."""
+
     def run(self, function: Callable[[], Tensor]) -> Tensor:
         """What a forward pass over the block returns; the gradients of the step before are forgotten."""
 
-    def step(self, loss: Tensor, factor: float) -> bool:
-        """Backward and one update with `factor` times the groups' rates.
+    def step(self, loss: Tensor, factor: float) -> tuple[float, bool]:
+        """Backward and one update with `factor` times the groups' rates; `loss` is this part's share of the batch's.
 
-        A parameter that the loss does not reach takes part with a gradient of zeros. False if the loss or a gradient is not
-        finite: then nothing is changed.
+        A parameter that the loss does not reach takes part with a gradient of zeros. Returns the batch's loss, and whether
+        it and all gradients are finite: if not, nothing is changed.
         """
 
     def whole(self, module: nn.Module) -> AbstractContextManager[None]:
@@ -94,7 +101,19 @@ class TorchEngine:
         """Nothing is kept."""
 
 
-class TorchAttachment:
+class Alone:
+    """What an attachment says whose process has the batches to itself."""
+
+    def part(self, samples: int) -> slice:
+        """All of them."""
+        return slice(0, samples)
+
+    def total(self, counts: list[int]) -> list[int]:
+        """As they are."""
+        return counts
+
+
+class TorchAttachment(Alone):
     def __init__(
         self, block: nn.Module, parameters: Mapping[str, nn.Parameter], steps: Steps, groups: Sequence[Group]
     ) -> None:
@@ -108,22 +127,23 @@ class TorchAttachment:
         self.optimizer.zero_grad(set_to_none=True)
         return function()
 
-    def step(self, loss: Tensor, factor: float) -> bool:
+    def step(self, loss: Tensor, factor: float) -> tuple[float, bool]:
         loss.backward()
+        loss = loss.detach()
         for parameter in self.parameters.values():
             # A linear that the batch does not reach (an expert) takes part with zeros: one step count serves all.
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        if not self._finite(loss):
-            return False
-        set_rates(self.optimizer, factor)
-        self.optimizer.step()
-        return True
-
-    def _finite(self, loss: Tensor) -> bool:
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        total = torch.stack([loss.detach(), *[g.square().sum() for g in gradients]])
-        return bool(torch.isfinite(total).all())
+        self._share([loss, *gradients])
+        finite = bool(torch.isfinite(torch.stack([loss, *[g.square().sum() for g in gradients]])).all())
+        if finite:
+            set_rates(self.optimizer, factor)
+            self.optimizer.step()
+        return loss.item(), finite
+
+    def _share(self, tensors: list[Tensor]) -> None:
+        """Sum the tensors in place over all processes that share the batches; here there is one."""
 
     def whole(self, module: nn.Module) -> AbstractContextManager[None]:
         return nullcontext()

@@ -125,7 +125,8 @@ class Reconstruction:
         self.attachment = (engine or TorchEngine()).attach(block, linears, parameters, method.steps, groups)
         self.block, self.parameters = self.attachment.block, self.attachment.parameters
         self.linears = {name: quantized_linear(self.block, name) for name in linears}
-        self.tokens = dict.fromkeys(self.experts, 0)
+        # Tokens that an expert's linears saw: in all steps, and in the present one's part.
+        self.tokens, self.seen = dict.fromkeys(self.experts, 0), dict.fromkeys(self.experts, 0)
         for name in self.experts:
             self.linears[name].register_forward_pre_hook(self._count(name))
         self.steps_done = 0
@@ -133,7 +134,7 @@ class Reconstruction:
 
     def _count(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            self.tokens[name] += arguments[0].numel() // arguments[0].shape[-1]
+            self.seen[name] += arguments[0].numel() // arguments[0].shape[-1]
 
         return hook
 
@@ -160,13 +161,32 @@ class Reconstruction:
         """
         if not self.parameters or self.status != "ok":
             return math.nan
-        output = self.attachment.run(lambda: self._forward(inputs, arguments))
-        loss = token_losses(output, targets, self.method.loss, self.method.first_token).mean()
-        if self.attachment.step(loss, DECAY[self.method.steps](self.steps_done, self.method.total_steps)):
+        part = self.attachment.part(len(inputs))
+        share = self._share_of_loss(inputs[part], targets[part], arguments, len(inputs))
+        factor = DECAY[self.method.steps](self.steps_done, self.method.total_steps)
+        loss, finite = self.attachment.step(share, factor)
+        self._add_tokens()
+        if finite:
             self.steps_done += 1
         else:
             self.status = "non_finite"
-        return loss.item()
+        return loss
+
+    def _share_of_loss(
+        self, inputs: Hidden, targets: Hidden, arguments: Mapping[str, Any], samples: int
+    ) -> Float[Tensor, ""]:
+        """What some samples of a batch add to its mean loss."""
+        if not len(inputs):
+            return self.attachment.run(lambda: torch.zeros((), device=inputs.device, requires_grad=True))
+        output = self.attachment.run(lambda: self._forward(inputs, arguments))
+        losses = token_losses(output, targets, self.method.loss, self.method.first_token)
+        return losses.mean() * (len(inputs) / samples)
+
+    def _add_tokens(self) -> None:
+        if self.experts:
+            seen = self.attachment.total(list(self.seen.values()))
+            self.tokens = {name: before + new for (name, before), new in zip(self.tokens.items(), seen, strict=True)}
+            self.seen = dict.fromkeys(self.experts, 0)
 
     def _forward(self, inputs: Hidden, arguments: Mapping[str, Any]) -> Hidden:
         with self._autocast():

@@ -18,6 +18,7 @@ What is relied on, all of it found by reading deepspeed 0.19:
 from __future__ import annotations
 
 import gc
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lsi.engine import Attachment, Group, TorchEngine
+from lsi.engine import Alone, Attachment, Group, TorchEngine
 from lsi.steps import Steps, as_groups, make_optimizer, project, set_rates
 from pipeline.deepspeed_ops import load_cpu_adam, start_deepspeed
 
@@ -252,7 +253,7 @@ def client_optimizer(
     return make_optimizer(steps, groups, fused=offload.optimizer)
 
 
-class DeepSpeedAttachment:
+class DeepSpeedAttachment(Alone):
     """One block in a DeepSpeed engine; see `lsi.engine`."""
 
     def __init__(self, held: Held, names: list[str]) -> None:
@@ -272,16 +273,16 @@ class DeepSpeedAttachment:
         output: Tensor = self.held.engine(function)
         return output
 
-    def step(self, loss: Tensor, factor: float) -> bool:
-        engine, zero = self.held.engine, self.held.zero
+    def step(self, loss: Tensor, factor: float) -> tuple[float, bool]:
+        engine, zero, value = self.held.engine, self.held.zero, loss.item()
         engine.backward(loss)
-        if not torch.isfinite(loss.detach()):
-            return False
+        if not math.isfinite(value):
+            return value, False
         set_rates(zero.optimizer, factor)
         engine.step()
         self.held.busy = False
         # A gradient's norm that is not finite is an overflow to it, and nothing is updated.
-        return not zero.overflow
+        return value, not zero.overflow
 
     @contextmanager
     def whole(self, module: nn.Module) -> Iterator[None]:
