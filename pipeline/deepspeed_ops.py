@@ -182,6 +182,7 @@ def start_deepspeed(device: str) -> Any:
     # Read when the package is imported, and when an engine is made.
     os.environ["DS_ACCELERATOR"] = device
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ["LOCAL_SIZE"] = "1"  # or it asks a subprocess for the machine's NUMA nodes at every step
     deepspeed = quiet_deepspeed()
     if not dist.is_initialized():
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
