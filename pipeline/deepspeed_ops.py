@@ -92,6 +92,8 @@ def missing_tools() -> list[str]:
 
 def build(op: Op) -> None:
     """Compile an operator, minutes long. Raises UserError where a tool is missing or the compiler fails."""
+    import torch
+
     if missing := missing_tools():
         raise UserError(
             f"compiling {op} needs {' and '.join(missing)}, not found on PATH: install a C++ compiler (such as the package g++) and "
@@ -100,6 +102,8 @@ def build(op: Op) -> None:
     if lock := next((lock for lock in locks() if lock.folder == op), None):
         raise UserError(lock.sentence())
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    # Or it says on standard output which one it has found.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     deepspeed = quiet_deepspeed()
     builder = getattr(deepspeed.ops.op_builder, BUILDERS[op])()
     try:
