@@ -7,8 +7,9 @@ there is worth a tenth of the perplexity (benchmarks/results).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,25 +38,32 @@ def in_full_precision(linears: Iterable[QuantizedLinear]) -> Iterator[None]:
 
 @torch.no_grad()
 def collect_moments(
-    block: nn.Module, linears: Mapping[str, QuantizedLinear], batches: Batches, products: torch.dtype | None
+    block: nn.Module,
+    linears: Mapping[str, QuantizedLinear],
+    batches: Batches,
+    products: torch.dtype | None,
+    run: Callable[[Callable[[], Tensor]], Tensor],
 ) -> dict[str, Float[Tensor, " in"]]:
-    """Sum of the squares of every input channel of the linears, the block computing in full precision."""
-    moments = {
-        name: torch.zeros(linear.weight.shape[1], device=linear.weight.device) for name, linear in linears.items()
-    }
+    """Sum of the squares of every input channel of the linears, the block computing in full precision; of a linear that
+    no input reached there is none. `run`: the engine's forward pass (`lsi.engine`)."""
+    moments: dict[str, Tensor] = {}
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            moments[name] += arguments[0].float().flatten(0, -2).square().sum(0)
+            found = arguments[0].float().flatten(0, -2).square().sum(0)
+            moments[name] = moments[name] + found if name in moments else found
 
         return hook
+
+    def forward(inputs: Hidden, arguments: Mapping[str, Any]) -> Tensor:
+        with products_in(products, inputs.device):
+            return run_block(block, inputs, arguments)
 
     hooks = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
     try:
         with in_full_precision(linears.values()):
             for inputs, arguments in batches:
-                with products_in(products, inputs.device):
-                    run_block(block, inputs.float(), arguments)
+                run(partial(forward, inputs.float(), arguments))
     finally:
         for handle in hooks:
             handle.remove()

@@ -124,14 +124,14 @@ class Trained:
 
     def initial(self, worker: Worker, block: int) -> BlockResult:
         """The result it began with. Its codes are as many as the weights, and soon made again: they are not kept."""
-        trainee, method = worker.trainee(block), self.reconstruction.method
+        trainee, method, device = worker.trainee(block), self.reconstruction.method, worker.device
         if trainee.starts:
             return BlockResult(trainee.starts)
         weights = {
             name: quantize(
                 widened(get_linear(trainee.module, name).weight),
-                scale.float(),
-                zero.float(),
+                scale.to(device).float(),
+                zero.to(device).float(),
                 method.grid,
                 method.parts.scale_dtype,
             )
@@ -173,15 +173,15 @@ class Best:
 def begin(worker: Worker, block: int) -> Trained:
     """A block at the start of its training."""
     trainee = worker.trainee(block)
-    own = sharing_copy(trainee.module)
     reconstruction = Reconstruction(
-        own,
+        sharing_copy(trainee.module).to(worker.home),
         trainee.linears,
         make_method(worker.context),
         trainee.starts,
         stored_factors(worker.factors, worker.config.compute),
+        worker.engine,
     )
-    quantize_activations(own, trainee.linears, worker.config.scheme)
+    quantize_activations(reconstruction.block, trainee.linears, worker.config.scheme)
     return Trained(reconstruction, reconstruction.grids())
 
 
