@@ -63,7 +63,7 @@ def plain(config: Callable[..., RunConfig]) -> Finished:
     return run(config(schedule={"kind": "sequential"}))[0]
 
 
-@pytest.mark.parametrize(("way", "schedule"), [("adamw", "sequential"), ("signed", "parallel"), ("adamw", "wave")])
+@pytest.mark.parametrize(("way", "schedule"), [("signed", "parallel"), ("adamw", "wave")])
 def test_stopped_anywhere_it_goes_on_to_the_same_bytes_and_leaves_no_activations(
     config: Make, way: str, schedule: str
 ) -> None:
@@ -73,7 +73,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes_and_leaves_no_activations
     for _ in range(100):
         report = Silent()
         try:
-            finished, _ = run(stopped, report, should_stop=lambda report=report: len(report.units) >= 9)
+            finished, _ = run(stopped, report, should_stop=lambda report=report: len(report.units) >= 25)
             break
         except StoppedError:
             continue
