@@ -263,7 +263,7 @@ def only_merge(graph: Any, driver: Any) -> None:
     if missing:
         blocks = sorted({n.block for n in missing if n.stage == "optimize"})
         raise UserError(
-            f"{len(blocks)} blocks are not done ({blocks[0]} to {blocks[-1]}): run `lsi quantize` on this run first"
+            f"{len(blocks)} blocks are not done ({blocks[0]} to {blocks[-1]}): give the command that began this run again first"
         )
 
 
