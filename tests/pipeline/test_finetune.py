@@ -212,6 +212,10 @@ def test_steps_that_do_harm_leave_the_checkpoint_as_it_was(
     finished, _ = run(tune_config(rounded("asymmetric"), short_text, tmp_path / "first", optimizer=optimizer))
     before = Path(finished.prepared.checkpoint.url)
     finished, _ = run(tune_config(before, short_text, tmp_path / "run", optimizer={"increment_learning_rate": 1e3}))
+    assert {(block["status"], block["kept"]) for block in block_reports(finished)} == {("ok", "initial")}
+    old, new = tensors(before), tensors(Path(finished.prepared.checkpoint.url))
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[name], new[name]) for name in old)
 
 
 def weights_with(**changes: Any) -> dict[str, Any]:
