@@ -185,7 +185,8 @@ def merge(
     def load() -> RunConfig:
         options = parse_options(option or [])
         found = recorded_config(open_store(run, options), options)
-        storage = found.storage.model_copy(update={"run": run})
+        # Nothing is factored here, and the place may be another machine's.
+        storage = found.storage.model_copy(update={"run": run, "factors": None})
         outputs = found.outputs.model_copy(update={"checkpoint": checkpoint or found.outputs.checkpoint})
         return found.model_copy(update={"storage": storage, "outputs": outputs})
 

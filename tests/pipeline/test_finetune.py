@@ -309,11 +309,9 @@ def test_settings_that_cannot_be_are_refused(
     assert not (tmp_path / "run/run.json").exists()
 
 
-def test_a_preset_is_refused_by_its_own_name(
-    rounded: Callable[..., Path], short_text: Path, tmp_path: Path
-) -> None:
+def test_a_preset_is_refused_by_its_own_name(rounded: Callable[..., Path], short_text: Path, tmp_path: Path) -> None:
     tree = tune_config(rounded("asymmetric"), short_text, tmp_path / "run").model_dump(exclude_unset=True)
-    with pytest.raises(UserError, match="preset fast is for quantizing a model .*: leave it out"):
+    with pytest.raises(UserError, match=r"preset fast is for quantizing a model .*: leave it out"):
         run(parse_config(tree | {"preset": "fast"}))
 
 
