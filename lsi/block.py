@@ -68,8 +68,13 @@ def sharing_copy(block: nn.Module) -> nn.Module:
 
 
 def checkpoint_parts(block: nn.Module) -> None:
-    """Let attention and feed-forward part keep only their inputs for the backward pass, and be run again there."""
+    """Let attention and feed-forward part keep only their inputs for the backward pass, and be run again there; those of
+    each block where several are one module."""
     for part in block.children():
+        if isinstance(part, nn.ModuleList):  # is never called itself
+            for inner in part:
+                checkpoint_parts(inner)
+            continue
         inside = (module for module in part.modules() if module is not part)
         if any(isinstance(module, QuantizedLinear) for module in inside):
             part.forward = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)
@@ -77,9 +82,11 @@ def checkpoint_parts(block: nn.Module) -> None:
 
 @torch.no_grad()
 def widen_rest(block: nn.Module) -> None:
-    """Everything but the weights of quantized linears in float32: it is small, and they are widened one by one."""
+    """Everything but quantized linears in float32: it is small, and their weights and factors are widened one by one."""
+    quantized = [module for module in block.modules() if isinstance(module, QuantizedLinear)]
+    theirs = {module for linear in quantized for module in linear.modules()}
     for module in block.modules():
-        if not isinstance(module, QuantizedLinear):
+        if module not in theirs:
             for tensors in (module._parameters, module._buffers):
                 for tensor in tensors.values():
                     if tensor is not None and tensor.is_floating_point():

@@ -127,16 +127,12 @@ class Trained:
         trainee, method = worker.trainee(block), self.reconstruction.method
         if trainee.starts:
             return BlockResult(trainee.starts)
-        weights = {
-            name: quantize(
-                widened(get_linear(trainee.module, name).weight),
-                scale.float(),
-                zero.float(),
-                method.grid,
-                method.parts.scale_dtype,
-            )
-            for name, (scale, zero) in self.grids.items()
-        }
+        weights = {}
+        for name, grid in self.grids.items():
+            weight = widened(get_linear(trainee.module, name).weight)
+            # Those that were read from storage are on the CPU.
+            scale, zero = (part.to(weight.device).float() for part in grid)
+            weights[name] = quantize(weight, scale, zero, method.grid, method.parts.scale_dtype)
         return BlockResult(weights)
 
 

@@ -185,7 +185,8 @@ def merge(
     def load() -> RunConfig:
         options = parse_options(option or [])
         found = recorded_config(open_store(run, options), options)
-        storage = found.storage.model_copy(update={"run": run})
+        # Nothing is factored here, and the place may be another machine's.
+        storage = found.storage.model_copy(update={"run": run, "factors": None})
         outputs = found.outputs.model_copy(update={"checkpoint": checkpoint or found.outputs.checkpoint})
         return found.model_copy(update={"storage": storage, "outputs": outputs})
 
@@ -263,7 +264,7 @@ def only_merge(graph: Any, driver: Any) -> None:
     if missing:
         blocks = sorted({n.block for n in missing if n.stage == "optimize"})
         raise UserError(
-            f"{len(blocks)} blocks are not done ({blocks[0]} to {blocks[-1]}): run `lsi quantize` on this run first"
+            f"{len(blocks)} blocks are not done ({blocks[0]} to {blocks[-1]}): give the command that began this run again first"
         )
 
 

@@ -23,10 +23,20 @@ from pipeline.worker import Chunk
 
 # Settings of blocks that are trained towards full-precision ones: they mean nothing here.
 IDLE = {
-    "method": ("loss", "first_token", "clipping_start", "equivalence", "shifts", "look_ahead", "quantized_stream_loss"),
+    "method": (
+        "loss",
+        "first_token",
+        "clipping_start",
+        "equivalence",
+        "equivalence_start",
+        "shifts",
+        "expert_tokens",
+        "look_ahead",
+        "quantized_stream_loss",
+    ),
     "schedule": tuple(ScheduleConfig.model_fields),
 }
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 6, 8)
 
 
 def first_trained(config: RunConfig, blocks: int) -> int:
@@ -67,6 +77,11 @@ def trained_linears(config: RunConfig, skeleton: Skeleton) -> dict[int, list[str
 
 def check_settings(config: RunConfig) -> None:
     """Refuse settings that would not do anything."""
+    if config.preset is not None:
+        raise UserError(
+            f"preset {config.preset} is for quantizing a model block by block, and a fine-tune trains its blocks together from their "
+            "codes: leave it out"
+        )
     if not config.optimizer.epochs:
         raise UserError(
             "optimizer.epochs is 0, but a fine-tune without training is the checkpoint itself: set 1 or more"
