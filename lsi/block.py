@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import partial
 from typing import Any
@@ -91,6 +92,21 @@ def widen_rest(block: nn.Module) -> None:
                 for tensor in tensors.values():
                     if tensor is not None and tensor.is_floating_point():
                         tensor.data = tensor.float()
+
+
+@contextmanager
+def watched_inputs(watchers: Iterable[tuple[nn.Module, Callable[[Tensor], None]]]) -> Iterator[None]:
+    """Within it each module's watcher sees what enters the module, detached and a token a row."""
+
+    def hook(watch: Callable[[Tensor], None], module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        watch(arguments[0].detach().float().flatten(0, -2))
+
+    handles = [module.register_forward_pre_hook(partial(hook, watch)) for module, watch in watchers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def run_block(

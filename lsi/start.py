@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lsi.block import Hidden, run_block
+from lsi.block import Hidden, run_block, watched_inputs
 from lsi.linear import QuantizedLinear
 from lsi.objective import products_in
 
@@ -44,19 +45,12 @@ def collect_moments(
         name: torch.zeros(linear.weight.shape[1], device=linear.weight.device) for name, linear in linears.items()
     }
 
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            moments[name] += arguments[0].float().flatten(0, -2).square().sum(0)
+    def add(name: str, seen: Tensor) -> None:
+        moments[name] += seen.square().sum(0)
 
-        return hook
-
-    hooks = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
-    try:
-        with in_full_precision(linears.values()):
-            for inputs, arguments in batches:
-                with products_in(products, inputs.device):
-                    run_block(block, inputs.float(), arguments)
-    finally:
-        for handle in hooks:
-            handle.remove()
+    watchers = [(linear, partial(add, name)) for name, linear in linears.items()]
+    with in_full_precision(linears.values()), watched_inputs(watchers):
+        for inputs, arguments in batches:
+            with products_in(products, inputs.device):
+                run_block(block, inputs.float(), arguments)
     return moments

@@ -117,10 +117,9 @@ def quantize(
     """
     from pipeline.config import load_config
 
-    again = ["lsi", "quantize", config, *(part for o in overrides or [] for part in ("--set", without_secret(o)))]
-    again += ["--strict"] * strict + (["--log", log] if log else [])
     how = {"strict": strict, "retry_quarantined": retry_quarantined}
-    run_command(lambda: load_config(config, overrides or []), shlex.join(again), log, how)
+    again = command_again(["quantize", config], overrides, strict, log)
+    run_command(lambda: load_config(config, overrides or []), again, log, how)
 
 
 @app.command()
@@ -164,10 +163,8 @@ def finetune(
     """
     from pipeline.config import load_finetune
 
-    again = ["lsi", "finetune", checkpoint, config]
-    again += [part for o in overrides or [] for part in ("--set", without_secret(o))]
-    again += ["--strict"] * strict + (["--log", log] if log else [])
-    run_command(lambda: load_finetune(checkpoint, config, overrides or []), shlex.join(again), log, {"strict": strict})
+    again = command_again(["finetune", checkpoint, config], overrides, strict, log)
+    run_command(lambda: load_finetune(checkpoint, config, overrides or []), again, log, {"strict": strict})
 
 
 @app.command()
@@ -191,6 +188,12 @@ def merge(
         return found.model_copy(update={"storage": storage, "outputs": outputs})
 
     run_command(load, shlex.join(["lsi", "merge", run]), None, {}, merge_only=True)
+
+
+def command_again(words: list[str], overrides: list[str] | None, strict: bool, log: str | None) -> str:
+    """What to type to go on with a run."""
+    again = ["lsi", *words, *(part for o in overrides or [] for part in ("--set", without_secret(o)))]
+    return shlex.join(again + ["--strict"] * strict + (["--log", log] if log else []))
 
 
 def without_secret(override: str) -> str:

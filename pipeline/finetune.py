@@ -19,7 +19,7 @@ from lsi.block import run_block, sharing_copy
 from lsi.objective import token_losses
 from pipeline.artifacts import Artifact, Writer, intact
 from pipeline.block_state import WEIGHTS_FILE, Best, BlockResult, Trained
-from pipeline.optimize import BlockStatus, TrainTask
+from pipeline.optimize import BlockStatus, TrainTask, ending
 from pipeline.tail import of_block
 from pipeline.worker import Worker
 
@@ -77,9 +77,8 @@ class TuneTask(TrainTask):
         status: BlockStatus,
         history: list[dict[str, Any]],
     ) -> dict[str, Any]:
-        reason = None if status == "ok" else f"not finite after {trained.reconstruction.steps_done} training steps"
         weights = (best.result or trained.initial(worker, self.block)).weights
-        common = {"status": status, "reason": reason, **best.meta()}
+        common = ending(trained, best, status)
         for place, artifact in enumerate(self.results):
             writer = Writer(worker.store, artifact)
             writer.write_tensors(WEIGHTS_FILE, BlockResult(of_block(place, weights)).pack())

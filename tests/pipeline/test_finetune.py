@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import Silent, checkpoint_hashes, run, tiny_config, tiny_tree
+from running import Silent, break_steps, checkpoint_hashes, run, tiny_config, tiny_tree
 from safetensors.torch import load_file, save_file
 
 from pipeline.config import RunConfig, parse_config
@@ -334,17 +334,7 @@ def test_a_loss_that_is_not_finite_keeps_the_best_state_and_flags_it(
     rounded: Callable[..., Path], short_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The ninth step meets a NaN: what is kept is the state before it, and never round-to-nearest."""
-    from lsi import reconstruct
-
-    calls = 0
-    plain = reconstruct.run_block
-
-    def broken(*arguments: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        return plain(*arguments) * (float("nan") if calls == 9 else 1.0)
-
-    monkeypatch.setattr(reconstruct, "run_block", broken)
+    break_steps(monkeypatch, lambda step: step == 9)
     finished, result = run(tune_config(rounded("symmetric"), short_text, tmp_path / "run"))
     assert result["flagged_blocks"] == [1, 2]
     for block in block_reports(finished):
