@@ -31,7 +31,7 @@ from pipeline.data import calibration_tokens, evaluation_tokens
 from pipeline.gguf_import import import_gguf
 from pipeline.graph import input_epoch
 from pipeline.model_source import ModelSource, open_model
-from pipeline.optimize import permutation
+from pipeline.optimize import START_SAMPLES, permutation
 from pipeline.perplexity import negative_log_likelihood, perplexity
 from pipeline.sample_material import MODEL_FILE
 from pipeline.skeleton import load_block, load_surroundings, make_skeleton
@@ -144,6 +144,9 @@ class Trial:
         targets = self.boundaries[index + 1 + len(frozen.following)]
         if epoch == 0 and self.options.smoothquant:
             self.smooth(index, training, inputs)
+        if epoch == 0 and self.options.clipping_start == "search" and training.fresh:
+            chunks = -(-START_SAMPLES // CHUNK)
+            training.begin_clipping((chunk, self.arguments[index]) for chunk in inputs[:chunks])
         for chunk in permutation(len(inputs), self.options.seed, index, epoch):
             order = permutation(len(inputs[chunk]), self.options.seed, index, epoch, chunk)
             for start in range(0, len(order), self.options.batch):
@@ -211,6 +214,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--band", type=int, default=1)
     parser.add_argument("--increment-rate", type=float)
     parser.add_argument("--clipping", choices=["learned", "direct", "none"], default="learned")
+    parser.add_argument("--clipping-start", choices=["search", "range"], default="search")
     parser.add_argument("--clipping-rate", type=float)
     parser.add_argument("--rounding", action="store_true")
     parser.add_argument("--rounding-rate", type=float)

@@ -84,7 +84,8 @@ class Bench:
         self.options = options
         self.work: Path = options.work.resolve()
         self.work.mkdir(parents=True, exist_ok=True)
-        self.model = self.work / "model" if options.model.endswith(".gguf") else Path(options.model).resolve()
+        named = Path(options.model)
+        self.model = self.work / "models" / named.stem if named.suffix == ".gguf" else named.resolve()
         if options.model.endswith(".gguf") and not (self.model / "config.json").exists():
             import_gguf(options.model, {}, open_store(str(self.model)), torch.bfloat16)
         self.data = DataConfig(
@@ -107,7 +108,7 @@ class Bench:
     @cached_property
     def tokens(self) -> Path:
         """The calibration windows for tools that take tokens; ours cut the same ones out of the text."""
-        path = self.work / f"tokens-{self.options.samples}x{self.options.length}.safetensors"
+        path = self.work / f"tokens-{self.model.name}-{self.options.samples}x{self.options.length}.safetensors"
         save_file({"input_ids": calibration_tokens(AutoTokenizer.from_pretrained(self.model), self.data)}, path)
         return path
 
@@ -146,19 +147,23 @@ class Bench:
         command += ["--group-size", str(setting.group_size)] if setting.group_size else []
         return [*command, "--symmetric"] if setting.symmetric else command
 
+    def folder(self, job: Job) -> Path:
+        """Where a job works and leaves its checkpoint: another model's, or of other tokens, is another one."""
+        return self.work / f"{self.model.name}-{self.options.samples}x{self.options.length}-{job.name}"
+
     def quantize(self, job: Job, setting: Setting) -> tuple[Path, Cost]:
         """The checkpoint and what it cost; one that waits for its measurement is taken as it is.
 
         Raises RuntimeError with the log's last line if there is none.
         """
-        folder = self.work / job.name
+        folder = self.folder(job)
         checkpoint, costs = folder / "checkpoint", folder / "cost.json"
         if costs.exists() and not self.options.again:
             return checkpoint, Cost(**json.loads(costs.read_text()))
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        folder.mkdir(parents=True)
         command = self.command(job, setting, folder)
-        log = self.work / f"{job.name}.log"
+        log = folder.with_name(f"{folder.name}.log")
         status, cost = measure(command, one_thread(), ROOT, log)
         if status or not (checkpoint / "config.json").exists():
             last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]

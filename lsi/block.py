@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import partial
 from typing import Any
@@ -68,8 +69,13 @@ def sharing_copy(block: nn.Module) -> nn.Module:
 
 
 def checkpoint_parts(block: nn.Module) -> None:
-    """Let attention and feed-forward part keep only their inputs for the backward pass, and be run again there."""
+    """Let attention and feed-forward part keep only their inputs for the backward pass, and be run again there; those of
+    each block where several are one module."""
     for part in block.children():
+        if isinstance(part, nn.ModuleList):  # is never called itself
+            for inner in part:
+                checkpoint_parts(inner)
+            continue
         inside = (module for module in part.modules() if module is not part)
         if any(isinstance(module, QuantizedLinear) for module in inside):
             part.forward = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)
@@ -77,13 +83,30 @@ def checkpoint_parts(block: nn.Module) -> None:
 
 @torch.no_grad()
 def widen_rest(block: nn.Module) -> None:
-    """Everything but the weights of quantized linears in float32: it is small, and they are widened one by one."""
+    """Everything but quantized linears in float32: it is small, and their weights and factors are widened one by one."""
+    quantized = [module for module in block.modules() if isinstance(module, QuantizedLinear)]
+    theirs = {module for linear in quantized for module in linear.modules()}
     for module in block.modules():
-        if not isinstance(module, QuantizedLinear):
+        if module not in theirs:
             for tensors in (module._parameters, module._buffers):
                 for tensor in tensors.values():
                     if tensor is not None and tensor.is_floating_point():
                         tensor.data = tensor.float()
+
+
+@contextmanager
+def watched_inputs(watchers: Iterable[tuple[nn.Module, Callable[[Tensor], None]]]) -> Iterator[None]:
+    """Within it each module's watcher sees what enters the module, detached and a token a row."""
+
+    def hook(watch: Callable[[Tensor], None], module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        watch(arguments[0].detach().float().flatten(0, -2))
+
+    handles = [module.register_forward_pre_hook(partial(hook, watch)) for module, watch in watchers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def run_block(

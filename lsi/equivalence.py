@@ -16,6 +16,7 @@ set the scales from the inputs' ranges and fold them, then train from there:
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lsi.block import Hidden, run_block
+from lsi.block import Hidden, run_block, watched_inputs
 from lsi.families import family_of
 from lsi.grid import straight_through
 from lsi.pairs import Pair, Site, bias_name, find_pairs, find_tensor, tensor_of
@@ -190,29 +191,23 @@ def collect_ranges(
     """Lowest and highest value that each pair's channels take at its consumers' entrance, over all batches of (inputs,
     further arguments). A channel that no token reached has the range (∞, −∞)."""
     ranges: Ranges = {}
-    hooks = []
+    watchers = []
     for pair in pairs:
         if pair.consumers():
             site = pair.consumers()[0]
             device = tensor_of(block, site.tensor).device
             ranges[pair.name] = torch.tensor([[torch.inf], [-torch.inf]], device=device).repeat(1, pair.channels)
             owner = block.get_submodule(site.tensor.rpartition(".")[0])
-            hooks.append(owner.register_forward_pre_hook(_watch(pair, site, ranges[pair.name])))
-    try:
+            watchers.append((owner, partial(_widen, pair, site, ranges[pair.name])))
+    with watched_inputs(watchers):
         for inputs, arguments in batches:
             run_block(block, inputs, arguments)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return ranges
 
 
-def _watch(pair: Pair, site: Site, into: Float[Tensor, "2 channels"]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        seen = arguments[0].detach().float().flatten(0, -2)
-        if len(seen):
-            low = _extreme(seen.amin(0), site, pair.channels, "amin")
-            high = _extreme(seen.amax(0), site, pair.channels, "amax")
-            into.copy_(torch.stack([torch.minimum(into[0], low), torch.maximum(into[1], high)]))
-
-    return hook
+def _widen(pair: Pair, site: Site, into: Float[Tensor, "2 channels"], seen: Float[Tensor, "tokens columns"]) -> None:
+    """Take tokens into a pair's ranges."""
+    if len(seen):
+        low = _extreme(seen.amin(0), site, pair.channels, "amin")
+        high = _extreme(seen.amax(0), site, pair.channels, "amax")
+        into.copy_(torch.stack([torch.minimum(into[0], low), torch.maximum(into[1], high)]))

@@ -49,7 +49,7 @@ class Increment:
     @property
     def smallest_rank(self) -> int:
         """The least rank that a weight must have for this increment: what `rank` or the corner ask for."""
-        return max(self.rank or 1, self.corner if self.kind == "corner" else 1)
+        return 1 if self.kind == "none" else max(self.rank or 1, self.corner if self.kind == "corner" else 1)
 
     def entries(self, out_features: int, in_features: int) -> int:
         """How many numbers are trained in one linear."""

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lsi.block import Hidden, run_block
+from lsi.block import Hidden, run_block, watched_inputs
 from lsi.linear import QuantizedLinear
 from lsi.objective import products_in
 
@@ -48,23 +48,16 @@ def collect_moments(
     no input reached there is none. `run`: the engine's forward pass (`lsi.engine`)."""
     moments: dict[str, Tensor] = {}
 
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            found = arguments[0].float().flatten(0, -2).square().sum(0)
-            moments[name] = moments[name] + found if name in moments else found
-
-        return hook
+    def add(name: str, seen: Tensor) -> None:
+        found = seen.square().sum(0)
+        moments[name] = moments[name] + found if name in moments else found
 
     def forward(inputs: Hidden, arguments: Mapping[str, Any]) -> Tensor:
         with products_in(products, inputs.device):
             return run_block(block, inputs, arguments)
 
-    hooks = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
-    try:
-        with in_full_precision(linears.values()):
-            for inputs, arguments in batches:
-                run(partial(forward, inputs.float(), arguments))
-    finally:
-        for handle in hooks:
-            handle.remove()
+    watchers = [(linear, partial(add, name)) for name, linear in linears.items()]
+    with in_full_precision(linears.values()), watched_inputs(watchers):
+        for inputs, arguments in batches:
+            run(partial(forward, inputs.float(), arguments))
     return moments

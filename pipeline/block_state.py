@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from lsi.block import get_linear, load_quantized, sharing_copy
 from lsi.equivalence import load_tensors
-from lsi.grid import QuantizedWeight, quantize
+from lsi.grid import QuantizedWeight, quantize, widened
 from lsi.increment import DEFAULT_LEARNING_RATE
-from lsi.linear import widened
 from lsi.reconstruct import Method, Reconstruction
 from pipeline.activations import quantize_activations
+from pipeline.artifacts import Artifact, read_tensors
 from pipeline.config import RunConfig
 from pipeline.factors import stored_factors
+from pipeline.store import Store
 from pipeline.worker import Context, Worker
 
 WEIGHTS_FILE = "quantized.safetensors"
@@ -109,6 +110,19 @@ class BlockResult:
         return BlockResult(weights, folded)
 
 
+def read_result(store: Store, artifact: Artifact) -> BlockResult:
+    """A committed result. Raises CorruptArtifactError."""
+    return BlockResult.unpack(read_tensors(store, artifact, WEIGHTS_FILE))
+
+
+def as_loaded(worker: Worker, block: int, result: BlockResult) -> nn.Module:
+    """A block of the caller's own that computes as a loader of the checkpoint would."""
+    own = sharing_copy(worker.block(block))
+    result.load(own)
+    quantize_activations(own, worker.linears(block), worker.config.scheme)
+    return own
+
+
 def result_of(reconstruction: Reconstruction, dtype: torch.dtype) -> BlockResult:
     """The present state of a block in training; what is not quantized is rounded to the dtype it is stored in."""
     folded = {name: tensor.to(dtype) for name, tensor in reconstruction.folded().items()}
@@ -124,19 +138,15 @@ class Trained:
 
     def initial(self, worker: Worker, block: int) -> BlockResult:
         """The result it began with. Its codes are as many as the weights, and soon made again: they are not kept."""
-        trainee, method, device = worker.trainee(block), self.reconstruction.method, worker.device
+        trainee, method = worker.trainee(block), self.reconstruction.method
         if trainee.starts:
             return BlockResult(trainee.starts)
-        weights = {
-            name: quantize(
-                widened(get_linear(trainee.module, name).weight),
-                scale.to(device).float(),
-                zero.to(device).float(),
-                method.grid,
-                method.parts.scale_dtype,
-            )
-            for name, (scale, zero) in self.grids.items()
-        }
+        weights = {}
+        for name, grid in self.grids.items():
+            weight = widened(get_linear(trainee.module, name).weight)
+            # Those that were read from storage are on the CPU.
+            scale, zero = (part.to(weight.device).float() for part in grid)
+            weights[name] = quantize(weight, scale, zero, method.grid, method.parts.scale_dtype)
         return BlockResult(weights)
 
 
@@ -172,6 +182,11 @@ class Best:
 
 def begin(worker: Worker, block: int) -> Trained:
     """A block at the start of its training."""
+    reconstruction = _reconstruction(worker, block)
+    return Trained(reconstruction, reconstruction.grids())
+
+
+def _reconstruction(worker: Worker, block: int) -> Reconstruction:
     trainee = worker.trainee(block)
     reconstruction = Reconstruction(
         sharing_copy(trainee.module).to(worker.home),
@@ -182,7 +197,7 @@ def begin(worker: Worker, block: int) -> Trained:
         worker.engine,
     )
     quantize_activations(reconstruction.block, trainee.linears, worker.config.scheme)
-    return Trained(reconstruction, reconstruction.grids())
+    return reconstruction
 
 
 def pack_state(trained: Trained, best: Best | None) -> dict[str, Tensor]:
@@ -197,11 +212,10 @@ def unpack_state(
     worker: Worker, block: int, tensors: Mapping[str, Tensor], best: dict[str, Any] | None
 ) -> tuple[Trained, Best | None]:
     """The inverse of `pack_state`; `best` is what `Best.meta` gave."""
-    trained = begin(worker, block)
-    grids = under("grid/", tensors)
-    trained.grids = {name: (grids[f"{name}/scale"], grids[f"{name}/zero"]) for name in trained.grids}
-    trained.reconstruction.import_state(under("state/", tensors))
-    return trained, Best.unpack(best, tensors)
+    reconstruction, grids = _reconstruction(worker, block), under("grid/", tensors)
+    began = {name: (grids[f"{name}/scale"], grids[f"{name}/zero"]) for name in reconstruction.linears}
+    reconstruction.import_state(under("state/", tensors))
+    return Trained(reconstruction, began), Best.unpack(best, tensors)
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

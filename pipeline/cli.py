@@ -118,10 +118,9 @@ def quantize(
     """
     from pipeline.config import load_config
 
-    again = ["lsi", "quantize", config, *(part for o in overrides or [] for part in ("--set", without_secret(o)))]
-    again += ["--strict"] * strict + (["--log", log] if log else [])
     how = {"strict": strict, "retry_quarantined": retry_quarantined}
-    run_command(lambda: load_config(config, overrides or []), shlex.join(again), log, how)
+    again = command_again(["quantize", config], overrides, strict, log)
+    run_command(lambda: load_config(config, overrides or []), again, log, how)
 
 
 @app.command()
@@ -165,10 +164,8 @@ def finetune(
     """
     from pipeline.config import load_finetune
 
-    again = ["lsi", "finetune", checkpoint, config]
-    again += [part for o in overrides or [] for part in ("--set", without_secret(o))]
-    again += ["--strict"] * strict + (["--log", log] if log else [])
-    run_command(lambda: load_finetune(checkpoint, config, overrides or []), shlex.join(again), log, {"strict": strict})
+    again = command_again(["finetune", checkpoint, config], overrides, strict, log)
+    run_command(lambda: load_finetune(checkpoint, config, overrides or []), again, log, {"strict": strict})
 
 
 @app.command()
@@ -186,11 +183,18 @@ def merge(
     def load() -> RunConfig:
         options = parse_options(option or [])
         found = recorded_config(open_store(run, options), options)
-        storage = found.storage.model_copy(update={"run": run})
+        # Nothing is factored here, and the place may be another machine's.
+        storage = found.storage.model_copy(update={"run": run, "factors": None})
         outputs = found.outputs.model_copy(update={"checkpoint": checkpoint or found.outputs.checkpoint})
         return found.model_copy(update={"storage": storage, "outputs": outputs})
 
     run_command(load, shlex.join(["lsi", "merge", run]), None, {}, merge_only=True)
+
+
+def command_again(words: list[str], overrides: list[str] | None, strict: bool, log: str | None) -> str:
+    """What to type to go on with a run."""
+    again = ["lsi", *words, *(part for o in overrides or [] for part in ("--set", without_secret(o)))]
+    return shlex.join(again + ["--strict"] * strict + (["--log", log] if log else []))
 
 
 def without_secret(override: str) -> str:
@@ -264,7 +268,7 @@ def only_merge(graph: Any, driver: Any) -> None:
     if missing:
         blocks = sorted({n.block for n in missing if n.stage == "optimize"})
         raise UserError(
-            f"{len(blocks)} blocks are not done ({blocks[0]} to {blocks[-1]}): run `lsi quantize` on this run first"
+            f"{len(blocks)} blocks are not done ({blocks[0]} to {blocks[-1]}): give the command that began this run again first"
         )
 
 

@@ -388,6 +388,15 @@ def check_stages(method: MethodConfig, optimizer: OptimizerConfig) -> None:
         )
 
 
+def check_corner(method: MethodConfig) -> None:
+    """Refuse a corner between fewer singular vectors than it has rows. Raises ValueError."""
+    if method.increment == "corner" and method.rank is not None and method.corner > method.rank:
+        raise ValueError(
+            f"method.corner {method.corner} is larger than method.rank {method.rank}, the singular values that are kept: set "
+            f"method.corner to {method.rank} or less, or method.rank to {method.corner} or more, or to null for all"
+        )
+
+
 class RunConfig(Section):
     """The whole file."""
 
@@ -435,6 +444,7 @@ class RunConfig(Section):
             raise ValueError(
                 "method.shifts means nothing without method.equivalence: set that to auto, or leave it out"
             )
+        check_corner(method)
         check_stages(method, self.optimizer)
         nothing = method.clipping == method.increment == method.rounding == "none" and not method.equivalence
         if self.optimizer.epochs and nothing:

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from lsi.block import round_block, run_block, sharing_copy
-from pipeline.activations import quantize_activations
-from pipeline.artifacts import Artifact, Writer, read_tensors
-from pipeline.block_state import WEIGHTS_FILE, BlockResult
+from lsi.block import round_block, run_block
+from pipeline.artifacts import Artifact, Writer
+from pipeline.block_state import WEIGHTS_FILE, BlockResult, as_loaded, read_result
 from pipeline.capture import write_chunk
 from pipeline.optimize import stream_file
 from pipeline.worker import Chunk, Worker
@@ -63,9 +62,7 @@ class StreamTask:
     def __call__(self, worker: Worker) -> dict[str, Any]:
         worker.chunks.drop_except({chunk.artifact.path for chunk in self.inputs})
         worker.chunks.prefetch(self.inputs[:1])  # arrives while the weights do
-        block = sharing_copy(worker.block(self.block))
-        BlockResult.unpack(read_tensors(worker.store, self.quantized, WEIGHTS_FILE)).load(block)
-        quantize_activations(block, worker.linears(self.block), worker.config.scheme)
+        block = as_loaded(worker, self.block, read_result(worker.store, self.quantized))
         writer = Writer(worker.store, self.stream)
         with behind(writer) as files:
             for place, chunk in enumerate(self.inputs):

@@ -13,6 +13,7 @@ from lsi.block import get_linear, linear_names
 from pipeline.block_state import steps_per_epoch
 from pipeline.config import RunConfig
 from pipeline.costs import Costs, Device, Shape, placeholder_inputs
+from pipeline.errors import UserError
 from pipeline.graph import build_graph
 from pipeline.merge import plan_shards, scheme_layout, shards_with_blocks, unpublished
 from pipeline.model_source import DTYPES, locate, open_model
@@ -66,6 +67,11 @@ def estimate(config: RunConfig, workers: int | None = None) -> dict[str, Any]:
     The high-water mark is that of a simulated run on `workers` (default: the configuration's, or one) of assumed speed:
     which activations are there at once depends on the schedule and on how many blocks are under way, hardly on the speed.
     """
+    if config.finetune.blocks is not None:
+        raise UserError(
+            f"finetune.blocks {config.finetune.blocks}: lsi plan reckons what lsi quantize does, and no fine-tunes; leave section "
+            "finetune out for a plan of quantizing model.source"
+        )
     skeleton, dtype = open_skeleton(config)
     check_scheme(config, skeleton)
     check_equivalence(config, skeleton)

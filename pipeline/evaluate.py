@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lsi.block import load_quantized, round_block, run_block
 from pipeline.activations import quantize_activations
 from pipeline.artifacts import Artifact, Writer, read_tensors
-from pipeline.block_state import WEIGHTS_FILE, BlockResult
+from pipeline.block_state import read_result
 from pipeline.capture import TOKENS_FILE, write_chunk
 from pipeline.perplexity import negative_log_likelihood, perplexity
 from pipeline.skeleton import Surroundings
@@ -107,7 +107,7 @@ class EvaluateTask:
 
     def _weights_of(self, worker: Worker, index: int) -> nn.Module:
         if self.quantized:
-            result = BlockResult.unpack(read_tensors(worker.store, self.quantized[index - self.start], WEIGHTS_FILE))
+            result = read_result(worker.store, self.quantized[index - self.start])
             # At 70B the linears are 1.7 GB a block, and this unit is the last that everything waits for.
             block = worker.new_block(index, without=result.weights.keys())
             result.load(block)

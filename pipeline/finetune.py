@@ -7,7 +7,6 @@ the best of them is the result: it never ends worse than it began.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,11 +15,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lsi.block import run_block
+from lsi.block import run_block, sharing_copy
 from lsi.objective import token_losses
 from pipeline.artifacts import Artifact, Writer, intact
 from pipeline.block_state import WEIGHTS_FILE, Best, BlockResult, Trained
-from pipeline.optimize import BlockStatus, TrainTask
+from pipeline.optimize import BlockStatus, TrainTask, ending
 from pipeline.tail import of_block
 from pipeline.worker import Worker
 
@@ -57,7 +56,7 @@ class TuneTask(TrainTask):
     def _measure(self, worker: Worker, result: BlockResult, stream: Writer | None, pause: Callable[[], None]) -> float:
         """Mean cross entropy as a loader would compute it, over all samples, a batch at a time: logits are large."""
         trainee = worker.trainee(self.block)
-        tail = copy.deepcopy(trainee.module)
+        tail = sharing_copy(trainee.module)
         result.load(tail)
         total, count, size = 0.0, 0, worker.config.optimizer.batch_size
         for _, inputs, tokens in self._pass(worker):
@@ -78,9 +77,8 @@ class TuneTask(TrainTask):
         status: BlockStatus,
         history: list[dict[str, Any]],
     ) -> dict[str, Any]:
-        reason = None if status == "ok" else f"not finite after {trained.reconstruction.steps_done} training steps"
         weights = (best.result or trained.initial(worker, self.block)).weights
-        common = {"status": status, "reason": reason, **best.meta()}
+        common = ending(trained, best, status)
         for place, artifact in enumerate(self.results):
             writer = Writer(worker.store, artifact)
             writer.write_tensors(WEIGHTS_FILE, BlockResult(of_block(place, weights)).pack())

@@ -8,19 +8,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from pipeline.artifacts import Artifact, Writer, put_hashed, read_record, read_tensors
-from pipeline.block_state import WEIGHTS_FILE, BlockResult
-from pipeline.merge import shard_file, shard_intact
+from pipeline.artifacts import Artifact
+from pipeline.merge import Results, shard_file, write_shard, written_before
 from pipeline.model_source import ModelSource
 from pipeline.packed_format import loadable, pack_linear
 from pipeline.packed_source import PackedSource
 from pipeline.skeleton import Skeleton, stored_name
-from pipeline.tensors import write_lazily
 from pipeline.worker import Worker
 
 Shard = tuple[str, tuple[str, ...], tuple[int, ...]]
@@ -59,38 +56,27 @@ class CopyTask:
     out: Artifact
 
     def __call__(self, worker: Worker) -> dict[str, Any]:
-        worker.release()
-        worker.store.check_fence()
-        earlier = read_record(worker.store, self.out)
-        if earlier is not None and shard_intact(worker.checkpoint, earlier):
-            # As in `MergeTask`: writing again would tear what is published.
-            return {"file": self.file, "size": earlier.meta["size"]}
-        stored = {name: self._source(worker).stored[name][1] for name in self.names}
+        if done := written_before(worker, self.file, self.out):
+            return done
+        source = worker.source
+        assert isinstance(source, PackedSource)
+        stored = {name: source.stored[name][1] for name in self.names}
         layout = {name: (entry.dtype, entry.shape) for name, entry in stored.items()}
-        pieces = partial(write_lazily, layout, Copier(worker, self._source(worker), self.results), {"format": "pt"})
-        size, checksum = put_hashed(worker.checkpoint, self.file, pieces)
-        meta = {"file": self.file, "size": size, "sha256": checksum, "tensors": sorted(layout), "stamp": worker.stamp()}
-        Writer(worker.store, self.out).commit(meta)
-        return {"file": self.file, "size": size}
-
-    def _source(self, worker: Worker) -> PackedSource:
-        assert isinstance(worker.source, PackedSource)
-        return worker.source
+        return write_shard(worker, self.file, self.out, layout, Copier(worker, source, self.results))
 
 
 class Copier:
     """Makes a tensor of the new checkpoint by its name; keeps the result of one block and the packed tensors of one linear."""
 
     def __init__(self, worker: Worker, source: PackedSource, results: Mapping[int, Artifact]) -> None:
-        self.worker = worker
+        self.leave_if_asked = worker.leave_if_asked
         self.source = source
-        self.results = results
+        self.results = Results(worker.store, results)
         self.owners = packed_owners(worker.skeleton, source, {block: worker.linears(block) for block in results})
-        self.block: tuple[int, BlockResult] | None = None
         self.packed: tuple[str, dict[str, Tensor]] | None = None
 
     def __call__(self, name: str) -> Tensor:
-        self.worker.leave_if_asked()
+        self.leave_if_asked()
         owner = name.rpartition(".")[0]
         if owner not in self.owners:
             return self.source.read_stored(name)
@@ -101,11 +87,7 @@ class Copier:
 
     def _pack(self, owner: str) -> dict[str, Tensor]:
         block, name = self.owners[owner]
-        if self.block is None or self.block[0] != block:
-            self.block = None
-            tensors = read_tensors(self.worker.store, self.results[block], WEIGHTS_FILE)
-            self.block = (block, BlockResult.unpack(tensors))
-        weight, grid = self.block[1].weights[name], self.source.grid
+        weight, grid = self.results[block].weights[name], self.source.grid
         zero = None if grid.symmetric else weight.zero_point
         return pack_linear(owner, weight.codes, weight.scale, zero, grid.bits)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 from lsi.block import linear_names
 from pipeline.artifacts import Artifact
-from pipeline.block_state import learning_rates
 from pipeline.capture import CHUNK_FILE, TOKENS_FILE
 from pipeline.config import MethodConfig, RunConfig, ScheduleConfig, SchemeConfig
 from pipeline.errors import UserError
@@ -19,14 +18,24 @@ from pipeline.optimize import Comparison
 from pipeline.packed_source import TAKES, PackedSource, open_packed
 from pipeline.partial import unit_name
 from pipeline.skeleton import Skeleton, make_skeleton, stored_name
-from pipeline.worker import Chunk
+from pipeline.worker import Chunk, Task
 
 # Settings of blocks that are trained towards full-precision ones: they mean nothing here.
 IDLE = {
-    "method": ("loss", "first_token", "clipping_start", "equivalence", "shifts", "look_ahead", "quantized_stream_loss"),
+    "method": (
+        "loss",
+        "first_token",
+        "clipping_start",
+        "equivalence",
+        "equivalence_start",
+        "shifts",
+        "expert_tokens",
+        "look_ahead",
+        "quantized_stream_loss",
+    ),
     "schedule": tuple(ScheduleConfig.model_fields),
 }
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 6, 8)
 
 
 def first_trained(config: RunConfig, blocks: int) -> int:
@@ -67,6 +76,11 @@ def trained_linears(config: RunConfig, skeleton: Skeleton) -> dict[int, list[str
 
 def check_settings(config: RunConfig) -> None:
     """Refuse settings that would not do anything."""
+    if config.preset is not None:
+        raise UserError(
+            f"preset {config.preset} is for quantizing a model block by block, and a fine-tune trains its blocks together from their "
+            "codes: leave it out"
+        )
     if not config.optimizer.epochs:
         raise UserError(
             "optimizer.epochs is 0, but a fine-tune without training is the checkpoint itself: set 1 or more"
@@ -98,6 +112,8 @@ def scheme_of(source: PackedSource, skeleton: Skeleton) -> SchemeConfig:
 class TuneBuilder(Builder):
     """The units of a fine-tune: embed, capture up to the trained blocks, their epochs one after another, evaluate, merge."""
 
+    shard_kind = "copied shard"
+
     def build(self) -> Graph:
         """The whole run."""
         self.first = first_trained(self.config, self.inputs.blocks)
@@ -110,12 +126,7 @@ class TuneBuilder(Builder):
         return self.graph
 
     def _tune(self) -> None:
-        settings: dict[str, Any] = {
-            name: getattr(self.config, name).model_dump(mode="json")
-            for name in ("scheme", "method", "optimizer", "finetune")
-        }
-        settings["learning_rates"] = learning_rates(self.config)
-        settings["chunk_samples"] = self.config.storage.chunk_samples
+        settings = self._settings("scheme", "method", "optimizer", "finetune")
         weights = [*self.inputs.block_digests[self.first :], self.inputs.outer_digest]
         inputs, tokens = self.hidden[self.first], self.inputs.tokens
         chunks = tuple(Chunk(artifact, CHUNK_FILE) for artifact in inputs)
@@ -148,6 +159,10 @@ class TuneBuilder(Builder):
             previous = state
         self.quantized = list(results)
 
+    def shard_task(self, file: str, names: tuple[str, ...], results: Mapping[int, Artifact], out: Artifact) -> Task:
+        """What makes a shard."""
+        return CopyTask(file, names, results, out)
+
     def _evaluate(self) -> None:
         """The checkpoint and what becomes of it: up to the trained blocks they are one."""
         for name, text in self.inputs.texts.items():
@@ -174,26 +189,6 @@ class TuneBuilder(Builder):
         task = EvaluateTask("checkpoint", text, 0, self.first, (), None, out)
         self._add_evaluation(f"evaluate/checkpoint/{name}/{self.first:03d}", task)
         return out
-
-    def _merge(self) -> None:
-        weights = [self.inputs.outer_digest, *self.inputs.block_digests]
-        for file, names, blocks in self.inputs.shards:
-            results = {block: self.quantized[block - self.first] for block in blocks}
-            place = self.config.outputs.checkpoint
-            key = self.key(
-                "copied shard",
-                file=file,
-                place=place,
-                names=names,
-                results=[a.key for a in results.values()],
-                weights=weights,
-            )
-            out = Artifact("shard", file.removesuffix(".safetensors"), key)
-            task = CopyTask(file, names, results, out)
-            reads = tuple(results.values())
-            self.add(Node(f"merge/{file}", "merge", -1, task, reads, (out,), (self.inputs.blocks, 1)))
-            self.graph.goals.append(out)
-        self.graph.goals += self.quantized
 
 
 def build_finetune(inputs: Inputs) -> Graph:

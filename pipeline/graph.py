@@ -154,7 +154,13 @@ def _last_part(blocks: int) -> int:
 
 
 class Builder:
-    """Adds the stages' units one after another."""
+    """Adds the stages' units one after another.
+
+    `first`: the first block that has a result. `shard_kind`: what the checkpoint's shards are, in their addresses.
+    """
+
+    first = 0
+    shard_kind = "shard"
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
@@ -235,14 +241,16 @@ class Builder:
         stream = self.streams[block - 1, source]
         return tuple(Chunk(stream, stream_file(c)) for c in range(len(self.ranges))), (stream,)
 
+    def _settings(self, *sections: str) -> dict[str, Any]:
+        """What of the configuration decides a training unit's bytes. Defaults do as much as what was typed."""
+        settings = {name: getattr(self.config, name).model_dump(mode="json") for name in sections}
+        settings["learning_rates"] = learning_rates(self.config)
+        settings["chunk_samples"] = self.config.storage.chunk_samples
+        return settings
+
     def _train(self, block: int) -> None:
         config, epochs = self.config, self.config.optimizer.epochs
-        settings: dict[str, Any] = {
-            name: getattr(config, name).model_dump(mode="json") for name in ("scheme", "method", "optimizer")
-        }
-        # Defaults decide bytes as much as what was typed.
-        settings["learning_rates"] = learning_rates(config)
-        settings["chunk_samples"] = config.storage.chunk_samples
+        settings = self._settings("scheme", "method", "optimizer")
         ahead, targets = self._ahead(block), self.hidden[self._target(block)]
         previous: Artifact | None = None
         for epoch in range(epochs):
@@ -338,17 +346,26 @@ class Builder:
         reads = (*task.quantized, *((task.before,) if task.before else ()))
         self.add(Node(name, "evaluate", -1, task, reads, (task.out,), (self.inputs.blocks, 0)))
 
+    def shard_task(self, file: str, names: tuple[str, ...], results: Mapping[int, Artifact], out: Artifact) -> Task:
+        """What makes a shard."""
+        return MergeTask(file, names, results, out)
+
     def _merge(self) -> None:
         weights = [self.inputs.outer_digest, *self.inputs.block_digests]
         for file, names, blocks in self.inputs.shards:
-            results = {block: self.quantized[block] for block in blocks}
+            results = {block: self.quantized[block - self.first] for block in blocks}
             # A shard is a place, too: the same weights merged elsewhere are another artifact.
             place = self.config.outputs.checkpoint
             key = self.key(
-                "shard", file=file, place=place, names=names, results=[a.key for a in results.values()], weights=weights
+                self.shard_kind,
+                file=file,
+                place=place,
+                names=names,
+                results=[a.key for a in results.values()],
+                weights=weights,
             )
             out = Artifact("shard", file.removesuffix(".safetensors"), key)
-            task = MergeTask(file, names, results, out)
+            task = self.shard_task(file, names, results, out)
             reads = tuple(results.values())
             self.add(Node(f"merge/{file}", "merge", -1, task, reads, (out,), (self.inputs.blocks, 1)))
             self.graph.goals.append(out)

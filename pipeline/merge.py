@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from lsi.block import linear_names
 from lsi.grid import Grid
-from pipeline.artifacts import Artifact, Record, Writer, put_hashed, read_record, read_tensors
-from pipeline.block_state import WEIGHTS_FILE, BlockResult
+from pipeline.artifacts import Artifact, Record, Writer, put_hashed, read_record
+from pipeline.block_state import BlockResult, read_result
 from pipeline.config import RunConfig, SchemeConfig
 from pipeline.mixture import has_mixture, original_names
 from pipeline.model_source import ModelSource
@@ -117,6 +117,42 @@ def shards_with_blocks(
     return files
 
 
+def write_shard(
+    worker: Worker, file: str, out: Artifact, layout: Layout, make: Callable[[str], Tensor]
+) -> dict[str, Any]:
+    """Write a shard whose tensors are made one by one, and commit its record."""
+    size, checksum = put_hashed(worker.checkpoint, file, partial(write_lazily, layout, make, {"format": "pt"}))
+    meta = {"file": file, "size": size, "sha256": checksum, "tensors": sorted(layout), "stamp": worker.stamp()}
+    Writer(worker.store, out).commit(meta)
+    return {"file": file, "size": size}
+
+
+def written_before(worker: Worker, file: str, out: Artifact) -> dict[str, Any] | None:
+    """What a unit returns whose shard is there already, done by another while this worker slept: shards have one place, so
+    writing would tear what is published."""
+    worker.release()
+    worker.store.check_fence()
+    earlier = read_record(worker.store, out)
+    if earlier is not None and shard_intact(worker.checkpoint, earlier):
+        return {"file": file, "size": earlier.meta["size"]}
+    return None
+
+
+class Results:
+    """Blocks' results by their index, the last one kept."""
+
+    def __init__(self, store: Store, artifacts: Mapping[int, Artifact]) -> None:
+        self.store = store
+        self.artifacts = artifacts
+        self.kept: tuple[int, BlockResult] | None = None
+
+    def __getitem__(self, index: int) -> BlockResult:
+        if self.kept is None or self.kept[0] != index:
+            self.kept = None
+            self.kept = (index, read_result(self.store, self.artifacts[index]))
+        return self.kept[1]
+
+
 @dataclass(frozen=True)
 class MergeTask:
     """One shard: `names` are parameters of the model, `quantized` the results of the blocks that they come from."""
@@ -127,19 +163,11 @@ class MergeTask:
     out: Artifact
 
     def __call__(self, worker: Worker) -> dict[str, Any]:
-        worker.release()
-        worker.store.check_fence()
-        earlier = read_record(worker.store, self.out)
-        if earlier is not None and shard_intact(worker.checkpoint, earlier):
-            # Done by another while this worker slept. Shards have one place, so writing would tear what is published.
-            return {"file": self.file, "size": earlier.meta["size"]}
+        if done := written_before(worker, self.file, self.out):
+            return done
         layouts = dict(scheme_layout(worker.skeleton, worker.config.scheme, worker.context.dtype))
         layout = {key: size for name in self.names for key, size in layouts[name].items()}
-        pieces = partial(write_lazily, layout, Packer(worker, self.quantized), {"format": "pt"})
-        size, checksum = put_hashed(worker.checkpoint, self.file, pieces)
-        meta = {"file": self.file, "size": size, "sha256": checksum, "tensors": sorted(layout), "stamp": worker.stamp()}
-        Writer(worker.store, self.out).commit(meta)
-        return {"file": self.file, "size": size}
+        return write_shard(worker, self.file, self.out, layout, Packer(worker, self.quantized))
 
 
 class Packer:
@@ -147,11 +175,10 @@ class Packer:
 
     def __init__(self, worker: Worker, quantized: Mapping[int, Artifact]) -> None:
         self.worker = worker
-        self.quantized = quantized
+        self.results = Results(worker.store, quantized)
         self.linears = quantized_linears(worker.skeleton, worker.config.scheme.skip)
         saved = original_names(list(tensor_names(worker.skeleton.model)), worker.skeleton.model)
         self.names = {theirs: ours for ours, theirs in saved.items()}
-        self.block: tuple[int, BlockResult] | None = None
         self.packed: tuple[str, dict[str, Tensor]] | None = None
 
     def __call__(self, name: str) -> Tensor:
@@ -163,17 +190,10 @@ class Packer:
             self.packed = (owner, self._pack(owner))
         return self.packed[1][name]
 
-    def _result(self, index: int) -> BlockResult:
-        if self.block is None or self.block[0] != index:
-            self.block = None
-            tensors = read_tensors(self.worker.store, self.quantized[index], WEIGHTS_FILE)
-            self.block = (index, BlockResult.unpack(tensors))
-        return self.block[1]
-
     def _unquantized(self, name: str) -> Tensor:
         worker = self.worker
         place = worker.skeleton.place(name)
-        if place is not None and place[1] in (folded := self._result(place[0]).folded):
+        if place is not None and place[1] in (folded := self.results[place[0]].folded):
             return folded[place[1]]
         tensor = worker.source.read(stored_name(name, worker.source, worker.skeleton.model))
         return tensor.to(worker.context.dtype) if tensor.is_floating_point() else tensor
@@ -181,7 +201,7 @@ class Packer:
     def _pack(self, owner: str) -> dict[str, Tensor]:
         linear = self.names[f"{owner}.weight"].removesuffix(".weight")
         index = self.linears[linear]
-        weight = self._result(index).weights[linear.removeprefix(self.worker.skeleton.block_prefix(index) + ".")]
+        weight = self.results[index].weights[linear.removeprefix(self.worker.skeleton.block_prefix(index) + ".")]
         scheme = self.worker.config.scheme
         zero = None if scheme.symmetric else weight.zero_point
         integers = scheme.activation_bits is not None

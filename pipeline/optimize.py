@@ -21,16 +21,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lsi.block import round_block, run_block, sharing_copy
+from lsi.block import round_block, run_block
 from lsi.equivalence import Equivalence, collect_ranges
 from lsi.objective import Call, Frozen
-from pipeline.activations import quantize_activations
 from pipeline.artifacts import Artifact, Writer, intact, read_record, read_tensors
 from pipeline.block_state import (
     WEIGHTS_FILE,
     Best,
     BlockResult,
     Trained,
+    as_loaded,
     begin,
     make_method,
     number,
@@ -60,6 +60,12 @@ def stream_file(chunk: int) -> str:
 def permutation(size: int, *key: object) -> list[int]:
     """A permutation of 0 … size − 1 that depends on the key alone, on every machine."""
     return sorted(range(size), key=lambda i: hashlib.sha256(repr((*key, i)).encode()).digest())
+
+
+def ending(trained: Trained, best: Best, status: BlockStatus) -> dict[str, Any]:
+    """What a result's record says of how its training ended."""
+    reason = None if status == "ok" else f"not finite after {trained.reconstruction.steps_done} training steps"
+    return {"status": status, "reason": reason, **best.meta()}
 
 
 @dataclass(frozen=True)
@@ -261,9 +267,7 @@ class TrainTask:
 
         `pause` is called between chunks, and may raise.
         """
-        block = sharing_copy(worker.block(self.block))
-        result.load(block)
-        quantize_activations(block, worker.linears(self.block), worker.config.scheme)
+        block = as_loaded(worker, self.block, result)
         error, count = 0.0, 0
         objective = make_method(worker.context).objective
         with behind(stream) if stream else nullcontext() as files:
@@ -301,8 +305,7 @@ class TrainTask:
         status: BlockStatus,
         history: list[dict[str, Any]],
     ) -> dict[str, Any]:
-        reason = None if status == "ok" else f"not finite after {trained.reconstruction.steps_done} training steps"
-        meta = {"block": self.block, "status": status, "reason": reason, **best.meta(), "history": history}
+        meta = {"block": self.block, **ending(trained, best, status), "history": history}
         result = best.result or trained.initial(worker, self.block)
         if result.folded:
             meta["folded"] = sorted(result.folded)

@@ -230,7 +230,9 @@ def prepare(config: RunConfig, report: Reporter) -> Prepared:
             "torch's AdamW steps in host memory: this run began without a cpu_adam built by `lsi doctor --build`"
         )
     checkpoint = open_store(checkpoint_url(config), config.storage.options)
-    checkpoint.check_writable()
+    checkpoint.check_writable("outputs.checkpoint")
+    if config.storage.factors is not None:
+        open_store(config.storage.factors, config.storage.options).check_writable("storage.factors")
     check_place(checkpoint, config, resolved)
     source, model_options = open_source(config, store, report)
     skeleton = make_skeleton(source.config, trust_remote_code=config.model.trust_remote_code)
@@ -244,7 +246,7 @@ def prepare(config: RunConfig, report: Reporter) -> Prepared:
     claim(store, config, resolved)
     dtype = source.dtype(config.model.dtype)
     context = Context(
-        config=config,
+        config=anywhere(config),
         run_url=absolute(store.url),
         model_url=absolute(source.store.url),
         checkpoint_url=absolute(checkpoint.url),
@@ -255,6 +257,14 @@ def prepare(config: RunConfig, report: Reporter) -> Prepared:
     )
     recorded = {"dtype": str(dtype)} | resolved.record()
     return Prepared(config, store, checkpoint, source, skeleton, context, tokens, texts, recorded, values)
+
+
+def anywhere(config: RunConfig) -> RunConfig:
+    """The configuration as workers in any working directory can take it."""
+    if config.storage.factors is None:
+        return config
+    storage = config.storage.model_copy(update={"factors": absolute(config.storage.factors)})
+    return config.model_copy(update={"storage": storage})
 
 
 def read_tokens(config: RunConfig, source: ModelSource) -> tuple[Artifact, dict[str, Artifact], dict[Artifact, Tensor]]:

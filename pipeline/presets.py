@@ -8,8 +8,8 @@ A preset is a YAML file of configs/presets:
         set: {optimizer: {epochs: 20}}
 
 Values of `set` hold always; of the rules whose every condition is met, each one's values replace those before it; the values in
-the user's own file and on the command line replace all. Conditions: bits (one, or a list), grouped (whether inputs are in
-groups), symmetric.
+the user's own file and on the command line replace all, and a schedule of another kind the preset's whole one. Conditions:
+bits (one, or a list), grouped (whether inputs are in groups), symmetric.
 """
 
 from __future__ import annotations
@@ -71,4 +71,9 @@ def expand(tree: dict[str, Any], scheme: dict[str, Any]) -> dict[str, Any]:
     """A configuration's tree with the preset's values under its own; `scheme` has its values with their defaults."""
     if tree.get("preset") is None:
         return tree
-    return merged(preset_values(str(tree["preset"]), scheme), tree)
+    values, own = preset_values(str(tree["preset"]), scheme), tree.get("schedule")
+    kind = values.get("schedule", {}).get("kind")
+    if isinstance(own, dict) and own.get("kind", kind) != kind:
+        # A lead means nothing to another kind of schedule, and would be refused without having been typed.
+        values = {name: section for name, section in values.items() if name != "schedule"}
+    return merged(values, tree)

@@ -262,8 +262,8 @@ class Store:
         for key in self.list(prefix):
             self.delete(key)
 
-    def check_writable(self) -> None:
-        """Raise UserError now if nothing can be written here, rather than hours later."""
+    def check_writable(self, key: str = "storage.run") -> None:
+        """Raise UserError now if nothing can be written here, rather than hours later. `key`: what names this place."""
         probe = f".write-check-{secrets.token_hex(4)}"  # a name of its own: others may check at this moment
         try:
             self.put(probe, b"ok")
@@ -276,7 +276,7 @@ class Store:
             ) from error
         except Exception as error:  # each backend raises its own: botocore's are no OSErrors
             raise UserError(
-                f"{self.url}: cannot write there ({self.clean(str(error))}); choose another storage.run or change its permissions"
+                f"{self.url}: cannot write there ({self.clean(str(error))}); choose another {key} or change its permissions"
             ) from error
 
 

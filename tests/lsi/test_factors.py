@@ -103,6 +103,14 @@ def test_rounded_factors_leave_the_weight_exact(kind: str) -> None:
     assert_same(module(weight), weight)
 
 
+def test_a_block_in_training_keeps_rounded_factors_as_they_are() -> None:
+    parts = Parts("learned", Increment("diagonal", factors=torch.bfloat16), False, torch.float32)
+    method = Method(Grid(2, 32, symmetric=False), parts, {"clipping": 1e-1, "increment": 5e-2}, total_steps=20)
+    reconstruction = Reconstruction(make_layer(), NAMES, method)
+    kept = {b.dtype for linear in reconstruction.linears.values() for b in linear.increment.buffers()}
+    assert kept == {torch.bfloat16}
+
+
 def test_rounded_factors_train_as_well() -> None:
     method = Method(
         Grid(2, 32, symmetric=False),

@@ -1,11 +1,18 @@
 """Helpers to run the pipeline in tests: configurations, a silent reporter, and what a checkpoint holds."""
 
 import hashlib
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
 from cluster.scheduler import Event, Instruction
+from lsi import reconstruct
 from pipeline.config import RunConfig, parse_config
+from pipeline.driver import StoppedError
 from pipeline.graph import Node
 from pipeline.prepare import prepare
 from pipeline.report import publish_checkpoint, write_result
@@ -64,6 +71,31 @@ def run(
         finished = run_to_goals(prepared, report, workers, **more)
         publish_checkpoint(finished)
         return finished, write_result(finished)
+
+
+def run_in_pieces(config: RunConfig, units: int) -> tuple[Finished, dict[str, Any], list[str]]:
+    """A new driver after every few units, each taking up what the last one left. Also the units that were done, in order."""
+    done: list[str] = []
+    for _ in range(100):
+        report = Silent()
+        try:
+            finished, result = run(config, report, should_stop=lambda report=report: len(report.units) >= units)
+            return finished, result, done
+        except StoppedError:
+            continue
+        finally:
+            done += report.units
+    raise AssertionError(f"not finished after 100 drivers of {units} units")
+
+
+def break_steps(monkeypatch: pytest.MonkeyPatch, broken: Callable[[int], bool]) -> None:
+    """The training steps that `broken` says, by their number from 1, meet a NaN, as an overflow in them would make it."""
+    calls, plain = itertools.count(1), reconstruct.run_block
+
+    def run_block(*arguments: Any) -> torch.Tensor:
+        return plain(*arguments) * (float("nan") if broken(next(calls)) else 1.0)
+
+    monkeypatch.setattr(reconstruct, "run_block", run_block)
 
 
 def checkpoint_hashes(store: Store) -> dict[str, str]:

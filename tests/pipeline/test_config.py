@@ -198,6 +198,26 @@ def test_batch_larger_than_chunk() -> None:
     parse_config(tree(optimizer={"batch_size": 4}, storage={"run": "r", "chunk_samples": 4}))
 
 
+def test_a_corner_that_is_larger_than_the_rank() -> None:
+    words = "method.corner 100 is larger than method.rank 64"
+    assert words in refusal(method={"increment": "corner", "rank": 64})
+    assert words in refusal(preset="best", method={"increment": "corner"})
+    assert parse_config(tree(method={"increment": "corner", "rank": 64, "corner": 64})).method.corner == 64
+    assert parse_config(tree(method={"increment": "band", "rank": 64})).method.rank == 64
+
+
+def test_a_rank_that_nothing_has_needs_no_weights_of_that_size() -> None:
+    method = parse_config(tree(method={"increment": "none", "rank": 64})).method
+    assert method.increments.smallest_rank == 1
+
+
+def test_a_schedule_of_another_kind_takes_nothing_of_a_presets() -> None:
+    for kind in ("sequential", "parallel"):
+        schedule = parse_config(tree(preset="best", schedule={"kind": kind})).schedule
+        assert (schedule.kind, schedule.lead) == (kind, 0)
+    assert parse_config(tree(preset="best", schedule={"kind": "wave"})).schedule.lead == 1
+
+
 def test_nothing_to_train() -> None:
     nothing = {"clipping": "none", "increment": "none"}
     assert "nothing is trained" in refusal(method=nothing, optimizer={"epochs": 2})

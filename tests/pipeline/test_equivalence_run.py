@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import Silent, checkpoint_hashes, run, tiny_config
+from running import Silent, checkpoint_hashes, run, run_in_pieces, tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
@@ -15,7 +15,6 @@ from pipeline.artifacts import read_tensors
 from pipeline.block_state import WEIGHTS_FILE, BlockResult
 from pipeline.config import RunConfig, SchemeConfig, parse_config
 from pipeline.costs import placeholder_inputs
-from pipeline.driver import StoppedError
 from pipeline.errors import UserError
 from pipeline.estimate import estimate
 from pipeline.evaluate_checkpoint import evaluate_checkpoint
@@ -114,13 +113,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(
     undisturbed, _ = run(tiny_config(model, short_text, tmp_path / "one", **sections))
     assert any(result_of_block(undisturbed, block).folded for block in range(3))
     config = tiny_config(model, short_text, tmp_path / "two", **sections)
-    for _ in range(100):
-        report = Silent()
-        try:
-            finished, result = run(config, report, should_stop=lambda report=report: len(report.units) >= 3)
-            break
-        except StoppedError:
-            continue
+    finished, result, _ = run_in_pieces(config, 3)
     assert checkpoint_hashes(finished.prepared.checkpoint) == checkpoint_hashes(undisturbed.prepared.checkpoint)
     assert_loader_agrees(finished, result, short_text)
 

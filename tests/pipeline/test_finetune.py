@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import Silent, checkpoint_hashes, run, tiny_config, tiny_tree
+from running import Silent, break_steps, checkpoint_hashes, run, tiny_config, tiny_tree
 from safetensors.torch import load_file, save_file
 
 from pipeline.config import RunConfig, parse_config
@@ -25,6 +25,7 @@ GRIDS = {
     "asymmetric": {"symmetric": False},
     "symmetric": {"symmetric": True},
     "per-channel": {"symmetric": False, "group_size": None},
+    "6 bits": {"symmetric": False, "bits": 6},
 }
 
 
@@ -211,6 +212,10 @@ def test_steps_that_do_harm_leave_the_checkpoint_as_it_was(
     finished, _ = run(tune_config(rounded("asymmetric"), short_text, tmp_path / "first", optimizer=optimizer))
     before = Path(finished.prepared.checkpoint.url)
     finished, _ = run(tune_config(before, short_text, tmp_path / "run", optimizer={"increment_learning_rate": 1e3}))
+    assert {(block["status"], block["kept"]) for block in block_reports(finished)} == {("ok", "initial")}
+    old, new = tensors(before), tensors(Path(finished.prepared.checkpoint.url))
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[name], new[name]) for name in old)
 
 
 def weights_with(**changes: Any) -> dict[str, Any]:
@@ -287,6 +292,9 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "loss": ({"method": {"loss": "mse"}}, "method.loss mse means nothing for a fine-tune"),
     "equivalence": ({"method": {"equivalence": "auto"}}, "method.equivalence auto means nothing"),
     "schedule": ({"schedule": {"kind": "sequential"}}, "schedule.kind sequential means nothing"),
+    "expert-tokens": ({"method": {"expert_tokens": 5}}, "method.expert_tokens 5 means nothing"),
+    "activations": ({"scheme": {"activation_bits": 8}}, "scheme.activation_bits 8 contradicts the checkpoint"),
+    "look-ahead": ({"method": {"look_ahead": 1}}, "method.look_ahead 1 means nothing for a fine-tune"),
 }
 
 
@@ -301,6 +309,19 @@ def test_settings_that_cannot_be_are_refused(
     assert not (tmp_path / "run/run.json").exists()
 
 
+def test_a_preset_is_refused_by_its_own_name(rounded: Callable[..., Path], short_text: Path, tmp_path: Path) -> None:
+    tree = tune_config(rounded("asymmetric"), short_text, tmp_path / "run").model_dump(exclude_unset=True)
+    with pytest.raises(UserError, match=r"preset fast is for quantizing a model .*: leave it out"):
+        run(parse_config(tree | {"preset": "fast"}))
+
+
+def test_a_plan_of_a_fine_tune_is_refused(rounded: Callable[..., Path], short_text: Path, tmp_path: Path) -> None:
+    from pipeline.estimate import estimate
+
+    with pytest.raises(UserError, match=r"finetune.blocks 2: lsi plan reckons what lsi quantize does"):
+        estimate(tune_config(rounded("asymmetric"), short_text, tmp_path / "run"))
+
+
 def test_a_scheme_that_agrees_is_taken(rounded: Callable[..., Path], short_text: Path, tmp_path: Path) -> None:
     from pipeline.finetune_plan import resolve
 
@@ -313,17 +334,7 @@ def test_a_loss_that_is_not_finite_keeps_the_best_state_and_flags_it(
     rounded: Callable[..., Path], short_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The ninth step meets a NaN: what is kept is the state before it, and never round-to-nearest."""
-    from lsi import reconstruct
-
-    calls = 0
-    plain = reconstruct.run_block
-
-    def broken(*arguments: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        return plain(*arguments) * (float("nan") if calls == 9 else 1.0)
-
-    monkeypatch.setattr(reconstruct, "run_block", broken)
+    break_steps(monkeypatch, lambda step: step == 9)
     finished, result = run(tune_config(rounded("symmetric"), short_text, tmp_path / "run"))
     assert result["flagged_blocks"] == [1, 2]
     for block in block_reports(finished):
@@ -342,6 +353,29 @@ def test_a_fine_tune_that_fails_for_good_stops_and_quarantines_nothing(
         run(config)
     assert not (tmp_path / "run/quarantine").exists()
     assert not (tmp_path / "run/checkpoint/config.json").exists()
+
+
+def test_checkpointing_runs_the_blocks_parts_again_and_changes_no_byte(
+    rounded: Callable[..., Path], short_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lsi import block
+
+    plain, parts, hashes = block.checkpoint, 0, []
+
+    def counted(*arguments: Any, **settings: Any) -> Any:
+        nonlocal parts
+        parts += 1
+        return plain(*arguments, **settings)
+
+    monkeypatch.setattr(block, "checkpoint", counted)
+    for again in (False, True):
+        compute = {"checkpoint": again}
+        config = tune_config(rounded("symmetric"), short_text, tmp_path / str(again), compute=compute)
+        finished, _ = run(config)
+        hashes.append(checkpoint_hashes(finished.prepared.checkpoint))
+        assert bool(parts) == again
+    assert parts == 2 * 2 * 8 * 3, "attention and feed-forward part of two blocks, in each of 8 steps of 3 epochs"
+    assert hashes[0] == hashes[1]
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gemma3"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from process_tree import measure
-from quality import Job, jobs_of, parse
+from quality import Bench, Job, jobs_of, parse
 from quality_records import Setting, markdown, parse_setting, put_record, read_records, texts_of
 
 ROOT = Path(__file__).parent.parent.parent
@@ -156,4 +156,12 @@ def test_round_to_nearest_on_a_tiny_model(tiny_model: Callable[..., Path], short
     assert (full["tool"], made["tool"], made["setting"], made["seed"]) == ("full-precision", "rtn", "w3g32", 0)
     assert full["wikipedia"] == full["news"] != made["wikipedia"]
     assert made["cpu_seconds"] > 1 < made["peak_rss_mib"]
-    assert not (tmp_path / "work" / "rtn-w3g32-0").exists()
+    assert not [path for path in (tmp_path / "work").glob("*rtn-w3g32-0") if path.is_dir()]
+
+
+def test_a_checkpoint_that_is_kept_is_not_taken_for_one_of_another_model_or_of_other_tokens(tmp_path: Path) -> None:
+    def folder(model: str, samples: int) -> Path:
+        given = ["--json", "x", "--work", str(tmp_path), "--model", model, "--samples", str(samples)]
+        return Bench(parse(given)).folder(Job("rtn", parse_setting("w3g64"), 0))
+
+    assert len({folder("one", 4), folder("one", 8), folder("two", 4)}) == 3

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import Silent, checkpoint_hashes, run, tiny_config
+from running import Silent, break_steps, checkpoint_hashes, run, run_in_pieces, tiny_config
 
 from lsi.grid import Grid, round_to_nearest
 from pipeline.artifacts import read_tensors
@@ -132,16 +132,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes_and_redoes_nothing(
     """A new driver every few units: each takes up what the last one left."""
     undisturbed, _ = run(tiny_config(model, short_text, tmp_path / "one", schedule=SCHEDULES[schedule]))
     config = tiny_config(model, short_text, tmp_path / "two", schedule=SCHEDULES[schedule])
-    done: list[str] = []
-    for _ in range(100):
-        report = Silent()
-        try:
-            finished, _ = run(config, report, should_stop=lambda report=report: len(report.units) >= 4)
-            break
-        except StoppedError:
-            continue
-        finally:
-            done += report.units
+    finished, _, done = run_in_pieces(config, 4)
     assert len(done) == len(set(done)), "a committed unit was run again"
     assert checkpoint_hashes(finished.prepared.checkpoint) == checkpoint_hashes(undisturbed.prepared.checkpoint)
 
@@ -336,17 +327,7 @@ def test_a_loss_that_is_not_finite_is_recorded_and_the_block_keeps_its_start(
     model: Path, short_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The third step of every block meets a NaN, as an overflow in the backward pass would make it."""
-    from lsi import reconstruct
-
-    calls = 0
-    plain = reconstruct.run_block
-
-    def broken(*arguments: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        return plain(*arguments) * (float("nan") if calls % 3 == 0 else 1.0)
-
-    monkeypatch.setattr(reconstruct, "run_block", broken)
+    break_steps(monkeypatch, lambda step: step % 3 == 0)
     finished, result = run(tiny_config(model, short_text, tmp_path / "run"))
     assert result["flagged_blocks"] == [0, 1, 2]
     for block in result_blocks(finished):

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import checkpoint_hashes, run, tiny_config
+from running import Silent, checkpoint_hashes, run, tiny_config
 from torch import Tensor
 
 from pipeline import factors as module
 from pipeline.config import ComputeConfig
+from pipeline.errors import UserError
 from pipeline.factors import KIND, factors_artifact, stored_factors
+from pipeline.prepare import prepare
 from pipeline.store import Store, open_store
 
 COMPUTE = ComputeConfig()
@@ -98,3 +100,23 @@ def test_they_outlive_the_run_in_its_own_directory(
     store.delete_all("quantized")
     run(config)
     assert len(asked) == 14
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(
+    tiny_model: object, short_text: Path, tmp_path: Path
+) -> None:
+    model = tiny_model(tmp_path / "model")  # type: ignore[operator]
+    (tmp_path / "file").write_text("no folder")
+    config = tiny_config(model, short_text, tmp_path / "run", storage={"factors": str(tmp_path / "file" / "factors")})
+    with pytest.raises(UserError, match=r"file/factors: cannot write there .*choose another storage\.factors"):
+        run(config)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_workers_are_told_a_place_that_no_working_directory_changes(
+    tiny_model: object, short_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(tmp_path / "model")  # type: ignore[operator]
+    monkeypatch.chdir(tmp_path)
+    prepared = prepare(tiny_config(model, short_text, "run", storage={"factors": "shared"}), Silent())
+    assert prepared.context.config.storage.factors == str(tmp_path / "shared")

@@ -12,7 +12,7 @@ import yaml
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
-from running import Silent, checkpoint_hashes, run, tiny_config, tiny_tree
+from running import Silent, checkpoint_hashes, run, run_in_pieces, tiny_config, tiny_tree
 from safetensors.torch import load_file, save_file
 from test_equivalence_run import COMMON, FAMILIES, MIXTURE, assert_loader_agrees, family, trained_keys
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -24,7 +24,6 @@ from pipeline.activations import attentions, quantize_activations
 from pipeline.cli import app
 from pipeline.config import SchemeConfig, parse_config
 from pipeline.costs import placeholder_inputs
-from pipeline.driver import StoppedError
 from pipeline.errors import UserError
 from pipeline.estimate import estimate, estimate_lines
 from pipeline.graph import build_graph
@@ -214,13 +213,7 @@ def test_w4a4_as_in_the_paper_ends_with_its_evaluation(outlying: Path, short_tex
     reports = block_reports(finished)
     assert all(block["loss"] < block["initial_loss"] for block in reports)
     config = tiny_config(outlying, short_text, tmp_path / "two", **sections)
-    for _ in range(100):
-        report = Silent()
-        try:
-            again, result_again = run(config, report, should_stop=lambda report=report: len(report.units) >= 8)
-            break
-        except StoppedError:
-            continue
+    again, result_again, _ = run_in_pieces(config, 8)
     assert [block["loss"] for block in block_reports(again)] == [block["loss"] for block in reports]
     assert result_again["perplexity"] == result["perplexity"]
 
