@@ -18,19 +18,19 @@ def machine(node: str, cpus: float, gpus: float = 0) -> Machine:
 def test_every_machine_is_filled_evenly_and_pools_keep_to_their_limits() -> None:
     machines = [machine("a", 8, 1), machine("b", 4, 1), machine("c", 1)]
     assert places([TRAIN, CPU], machines, []) == [
-        (TRAIN, "a"),
-        (TRAIN, "b"),
-        (TRAIN, "a"),
-        (TRAIN, "b"),
-        (CPU, "a"),
-        (CPU, "a"),
+        (TRAIN, ("a",)),
+        (TRAIN, ("b",)),
+        (TRAIN, ("a",)),
+        (TRAIN, ("b",)),
+        (CPU, ("a",)),
+        (CPU, ("a",)),
     ]
 
 
 def test_what_is_there_and_what_is_on_its_way_takes_its_room() -> None:
     whole = {"CPU": 4.0, "GPU": 1.0}
     used = Machine("a", whole, {"CPU": 3.0, "GPU": 0.5})
-    assert places([TRAIN], [used], [Seated(TRAIN, "a", pending=False)]) == [(TRAIN, "a")]
+    assert places([TRAIN], [used], [Seated(TRAIN, "a", pending=False)]) == [(TRAIN, ("a",))]
     assert places([TRAIN], [used], [Seated(TRAIN, "a", pending=False), Seated(TRAIN, "a", pending=True)]) == []
     late = Machine("a", whole, whole)  # Ray has not counted the worker that is there
     assert places([TRAIN], [late], [Seated(TRAIN, "a", pending=False)] * 2) == []
