@@ -152,13 +152,10 @@ class RayGroup:
     def _ended(self, seat: Seat, unit: Unit) -> list[Event]:
         events = self._unit_events(seat, unit, seat.answer)
         failed, seat.unit, seat.answer = isinstance(seat.answer, Failure), None, None
-        if seat.leaving is not None:
-            return [*events, *self._retire(seat)]
         if failed and seat.pool.members > 1:
-            # The others wait in the middle of the unit for one that has left it.
-            self._end(seat)
-            events.append(WorkerLost(seat.worker, "a unit failed in one of its processes", on_request=True))
-        return events
+            # It goes: the others wait in the middle of the unit for one that has left it.
+            events = [*self._leaving(seat), *events]
+        return events if seat.leaving is None else [*events, *self._retire(seat)]
 
     def _unit_events(self, seat: Seat, unit: Unit, answer: Any) -> list[Event]:
         if isinstance(answer, Failure):

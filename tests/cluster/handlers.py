@@ -11,9 +11,11 @@ from cluster.units import UnitError, YieldUnit
 
 def setup(worker: str, should_yield: ShouldYield = stay, membership: Membership = ALONE) -> Handler:
     def handle(payload: dict[str, Any]) -> dict:
+        if membership.rank:
+            payload = payload.get("others", {"do": "nothing"})
         action = ACTIONS[payload["do"]]
         result = action(payload, should_yield) if action is _yield_when_told else action(payload)
-        return result | {"worker": worker, "pid": os.getpid()}
+        return result | {"worker": worker, "pid": os.getpid(), "address": membership.address}
 
     return handle
 
