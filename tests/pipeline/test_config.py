@@ -152,6 +152,21 @@ def test_values_out_of_range_are_named(section: str, key: str, value: Any) -> No
             "method.equivalence to []",
         ),
         (
+            {"compute": {"group": 3}, "optimizer": {"batch_size": 2}},
+            r"compute.group 3 has more members than a batch has samples \(2, by optimizer.batch_size\)",
+            "set compute.group to 2 or less, or optimizer.batch_size to 3 or more",
+        ),
+        (
+            {"compute": {"group": 2}, "data": {"samples": 1}},
+            r"samples \(1, by data.samples\)",
+            "set compute.group to 1 or less",
+        ),
+        (
+            {"compute": {"group": 2, "engine": "deepspeed"}},
+            "compute.group is 2, and compute.engine deepspeed trains a block in one process",
+            "set compute.group to 1",
+        ),
+        (
             {"compute": {"engine": "deepspeed", "checkpoint": True}},
             "compute.checkpoint runs parts of a block again",
             "compute.checkpoint to false",
