@@ -61,7 +61,8 @@ class Finished:
 
 def worker_pools(config: ClusterConfig) -> list[Pool]:
     """Workers that train, and those that do what needs no GPU."""
-    train = Pool(TRAIN, config.cpus_per_worker, config.gpus_per_worker, most=config.workers)
+    memory = int((config.memory_gib or 0) * 2**30)
+    train = Pool(TRAIN, config.cpus_per_worker, config.gpus_per_worker, memory, most=config.workers)
     return [train, Pool("cpu", config.cpus_per_worker, most=config.cpu_workers)] if config.cpu_workers else [train]
 
 
