@@ -102,7 +102,12 @@ def write_model(store: Store, folder: Path, config: LlamaConfig) -> None:
 def configuration(arguments: argparse.Namespace, model: Path, run: Path) -> dict[str, Any]:
     """A run of few steps on short sequences, with one actor."""
     # Only what was asked for: a value that is given is one that a plan leaves alone.
-    compute = {"threads": arguments.threads, "micro_batch": arguments.micro_batch, "recompute": arguments.recompute}
+    compute = {
+        "engine": arguments.engine,
+        "threads": arguments.threads,
+        "micro_batch": arguments.micro_batch,
+        "recompute": arguments.recompute,
+    }
     return {
         "model": {"source": str(model)},
         "data": {
@@ -164,6 +169,7 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "planned_gib": gib(max(memory["worker"]["host"], memory["driver"])),
         "seconds": phase_seconds(progress) | {"start and inspect": result["seconds"]["start_and_inspect"]},
         "peaks_by_process_gib": peaks,
+        "planned_by_process_gib": {"driver": gib(memory["driver"]), "worker-0": gib(memory["worker"]["host"])},
         "peaks_by_phase_gib": unit_peaks(progress),
         "planned_by_phase_gib": {stage: gib(unit["host"]["bytes"]) for stage, unit in memory["units"].items()},
         "settings": {name: value for name, value in vars(arguments).items() if name not in ("json", "scratch")},
@@ -179,7 +185,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--increment", choices=["diagonal", "dense"], default="diagonal")
     parser.add_argument("--rank", type=int, help="leading singular values; default: all")
-    parser.add_argument("--engine", choices=["torch"], default="torch")
+    parser.add_argument("--engine", choices=["torch", "deepspeed"], default="torch")
     parser.add_argument("--scale", type=int, default=1, help="divide every width by this")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--length", type=int, default=64)

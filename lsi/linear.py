@@ -79,11 +79,10 @@ class DirectClipping(nn.Module):
         for bound in (self.lower, self.upper):
             bound.copy_(factor)
 
-    @torch.no_grad()
-    def project(self) -> None:
-        """Back into the bounds, after a step."""
-        for bound in (self.lower, self.upper):
-            bound.clamp_(SMALLEST_BOUND, self.largest)
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """What its parameters are put back into after a step."""
+        return SMALLEST_BOUND, self.largest
 
 
 class LearnedRounding(nn.Module):
@@ -99,10 +98,10 @@ class LearnedRounding(nn.Module):
         grouped = self.offset.view(*scale.shape, -1) * scale.unsqueeze(-1)
         return weight + grouped.view_as(weight)
 
-    @torch.no_grad()
-    def project(self) -> None:
-        """Back into the bounds, after a step."""
-        self.offset.clamp_(-self.largest, self.largest)
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """What its parameters are put back into after a step."""
+        return -self.largest, self.largest
 
 
 CLIPPINGS: dict[Clipping, type[LearnedClipping] | type[DirectClipping]] = {
@@ -196,11 +195,11 @@ class QuantizedLinear(nn.Module):
             return (weight if self.rounding is None else self.rounding(weight, scale)), scale, zero
 
     @torch.no_grad()
-    def begin_clipping(self, importance: Float[Tensor, " in"]) -> None:
+    def begin_clipping(self, importance: Float[Tensor, " in"] | None) -> None:
         """Begin with the bounds that leave the weights nearest, an input channel's error counting as much as `importance`
-        says. Where that is zero everywhere (an expert that no token reached) all channels count the same."""
+        says. Where that is None or zero everywhere (an expert that no token reached) all channels count the same."""
         if self.clipping is not None and self.start is None:
-            counted = importance if importance.any() else None
+            counted = importance if importance is not None and importance.any() else None
             self.clipping.begin(nearest_range(self.weight, self.grid, self.scale_dtype, counted))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from lsi.block import Hidden, checkpoint_parts, replace_linears, run_block, trainable, widen_rest
+from lsi.engine import Engine, TorchEngine
 from lsi.equivalence import Equivalence
 from lsi.experts import expert_of
 from lsi.factors import Factorizer, factors_of
 from lsi.grid import Grid, QuantizedWeight, clip_to_weights
-from lsi.linear import DirectClipping, LearnedRounding, Parts
-from lsi.objective import Frozen, LossKind, Objective, Tokens, products_in
+from lsi.linear import DirectClipping, LearnedRounding, Parts, QuantizedLinear
+from lsi.objective import Frozen, LossKind, Objective, Outputs, Tokens, products_in
 from lsi.start import Batches, collect_moments
-from lsi.steps import DECAY, Steps, make_optimizer
+from lsi.steps import Bounds, Group, Steps
 
 Result = TypeVar("Result")
 Status = Literal["ok", "non_finite"]
@@ -78,10 +79,34 @@ def part_of(parameter: str) -> str:
     return "equivalence" if parameter.startswith("let.") else parameter.split(".")[-2]
 
 
-class Reconstruction:
-    """The trained state of one block. The block's modules are changed, its tensors are not: they may be shared.
+def grouped(block: nn.Module, rates: Mapping[str, float], starts: Mapping[str, int]) -> list[Group]:
+    """Parameters with their learning rates, by these, by their bounds and by their first steps."""
+    groups: dict[tuple[float, Bounds, int], list[str]] = {}
+    for name, rate in rates.items():
+        groups.setdefault((rate, bounds_of(block, name), starts[name]), []).append(name)
+    return [Group(tuple(names), *kind) for kind, names in groups.items()]
 
-    `starts`: what its linears are quantized to already, where training begins there.
+
+def bounds_of(block: nn.Module, parameter: str) -> Bounds:
+    """What a parameter of a linear's part is put back into after every step."""
+    if part_of(parameter) == "equivalence":
+        return None
+    part = block.get_submodule(parameter.rpartition(".")[0])
+    return part.bounds if isinstance(part, DirectClipping | LearnedRounding) else None
+
+
+def quantized_linear(block: nn.Module, name: str) -> QuantizedLinear:
+    """A linear that has been replaced, by its name within the block."""
+    linear = block.get_submodule(name)
+    assert isinstance(linear, QuantizedLinear)
+    return linear
+
+
+class Reconstruction:
+    """The trained state of one block. It takes the block over: its modules are changed, and an engine may put another in
+    its place (`block`). Its tensors are not written to: they may be shared.
+
+    `starts`: what its linears are quantized to already, where training begins there. `engine`: None for plain torch.
     """
 
     def __init__(
@@ -91,16 +116,16 @@ class Reconstruction:
         method: Method,
         starts: Mapping[str, QuantizedWeight] | None = None,
         factorizer: Factorizer = factors_of,
+        engine: Engine | None = None,
     ) -> None:
         self.method = method
-        self.block = block
         self.equivalence = None
         if method.equivalence:
             self.equivalence = Equivalence(
-                self.block, method.equivalence, shifts=method.shifts, dtype=method.parts.scale_dtype
+                block, method.equivalence, shifts=method.shifts, dtype=method.parts.scale_dtype
             )
-        self.linears = replace_linears(
-            self.block,
+        linears = replace_linears(
+            block,
             names,
             method.grid,
             method.parts,
@@ -108,45 +133,45 @@ class Reconstruction:
             recompute=method.recompute,
             factorizer=factorizer,
         )
-        widen_rest(self.block)
+        widen_rest(block)
         if method.checkpoint:
-            checkpoint_parts(self.block)
+            checkpoint_parts(block)
+        self.experts = {name: expert for name in sorted(names) if (expert := expert_of(block, name))}
+        parameters = dict(trainable(linears))
+        if self.equivalence is not None:
+            parameters |= {f"let.{name}": p for name, p in self.equivalence.named_parameters()}
+        self.rates = {name: method.rates[part_of(name)] for name in parameters}
+        joins = {name: method.warm_steps if part_of(name) in JOINING else 0 for name in parameters}
+        groups = grouped(block, self.rates, joins)
+        self.attachment = (engine or TorchEngine()).attach(block, linears, parameters, method.steps, groups)
+        self.block, self.parameters = self.attachment.block, self.attachment.parameters
+        self.linears = {name: quantized_linear(self.block, name) for name in linears}
+        # Tokens that an expert's linears saw: in all steps, and in the present one's part.
+        self.tokens, self.seen = dict.fromkeys(self.experts, 0), dict.fromkeys(self.experts, 0)
         self.counting = False
-        self.experts = {name: expert for name in sorted(names) if (expert := expert_of(self.block, name))}
-        self.tokens = dict.fromkeys(self.experts, 0)
         for name in self.experts:
             self.linears[name].register_forward_pre_hook(self._count(name))
-        self.parameters = dict(trainable(self.linears))
-        if self.equivalence is not None:
-            self.parameters |= {f"let.{name}": p for name, p in self.equivalence.named_parameters()}
-        self.rates = {name: method.rates[part_of(name)] for name in self.parameters}
-        self.starts = {name: method.warm_steps if part_of(name) in JOINING else 0 for name in self.parameters}
-        self.optimizer = self._make_optimizer()
         self.steps_done = 0
         self.status: Status = "ok"
 
     def _count(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             if self.counting:  # not where the backward pass runs it again
-                self.tokens[name] += arguments[0].numel() // arguments[0].shape[-1]
+                self.seen[name] += arguments[0].numel() // arguments[0].shape[-1]
 
         return hook
+
+    def _add_tokens(self) -> None:
+        if self.experts:
+            seen = self.attachment.total(list(self.seen.values()))
+            self.tokens = {name: before + new for (name, before), new in zip(self.tokens.items(), seen, strict=True)}
+            self.seen = dict.fromkeys(self.experts, 0)
 
     def untrained_experts(self) -> list[str]:
         """Experts that saw too few of the steps' tokens so far, by name."""
         least = self.method.fewest_tokens * self.steps_done
         few = (name for name, seen in self.tokens.items() if seen * self.method.total_steps < least)
         return sorted({self.experts[name] for name in few})
-
-    def _make_optimizer(self) -> torch.optim.Optimizer | None:
-        if not self.parameters:
-            return None
-        kinds = {name: (self.starts[name], self.rates[name]) for name in self.parameters}
-        groups = [
-            {"params": [p for n, p in self.parameters.items() if kinds[n] == kind], "start": kind[0], "base": kind[1]}
-            for kind in sorted(set(kinds.values()))
-        ]
-        return make_optimizer(self.method.steps, groups)
 
     def _within(self, function: Callable[[], Result]) -> Result:
         """What `function` returns on the block as the equivalent transformation leaves it."""
@@ -157,13 +182,15 @@ class Reconstruction:
         """Whether the linears' weights are not on a grid already."""
         return all(linear.start is None for linear in self.linears.values())
 
+    @torch.no_grad()
     def begin_clipping(self, batches: Batches) -> None:
         """Let the clipping begin where it changes the linears' outputs least on batches of (inputs, further arguments)."""
 
         def begin() -> None:
-            moments = collect_moments(self.block, self.linears, batches, self.method.autocast)
+            moments = collect_moments(self.block, self.linears, batches, self.method.autocast, self.attachment.run)
             for name, linear in self.linears.items():
-                linear.begin_clipping(moments[name])
+                with self.attachment.whole(linear, changing=True):
+                    linear.begin_clipping(moments.get(name))
 
         self._within(begin)
 
@@ -174,79 +201,69 @@ class Reconstruction:
 
         A loss or a gradient that is not finite leaves the parameters alone and sets the status; later steps return NaN.
         """
-        if self.optimizer is None or self.status != "ok":
+        if not self.parameters or self.status != "ok":
             return math.nan
-        self._begin_step(self.optimizer)
-        loss = self._batch(inputs, targets, arguments, frozen)
-        for parameter in self.parameters.values():
-            # A linear that the batch does not reach (an expert) takes part with zeros: one step count serves all.
-            if parameter.grad is None and parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
-        if self._finite(loss):
-            self.optimizer.step()
-            self._project()
+        self.attachment.begin(self.steps_done, self.method.total_steps)
+        part = self.attachment.part(len(inputs))
+        share = self._share_of_loss(inputs[part], targets[part], arguments, frozen, len(inputs))
+        loss, finite = self.attachment.step(share)
+        self._add_tokens()
+        if finite:
             self.steps_done += 1
         else:
             self.status = "non_finite"
-        # They are as large as what is trained, and nobody reads them after the step.
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return loss
 
-    def _begin_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Learning rates of this step; what has not joined yet gets no gradient, and so stays as it is."""
-        for group in optimizer.param_groups:
-            done, steps = self.steps_done - group["start"], self.method.total_steps - group["start"]
-            group["lr"] = group["base"] * DECAY[self.method.steps](done, steps)
-            for parameter in group["params"]:
-                parameter.requires_grad_(done >= 0)
-        optimizer.zero_grad(set_to_none=True)
-
-    def _batch(self, inputs: Hidden, targets: Hidden | Tokens, arguments: Mapping[str, Any], frozen: Frozen) -> Tensor:
-        """Give the parameters a batch's gradients, micro-batch by micro-batch. Returns its loss."""
+    def _share_of_loss(
+        self, inputs: Hidden, targets: Hidden | Tokens, arguments: Mapping[str, Any], frozen: Frozen, batch: int
+    ) -> Tensor:
+        """Give the parameters the gradients of some of a batch's sequences, micro-batch by micro-batch. Returns what they add
+        to its mean loss."""
+        if not len(inputs):
+            return torch.zeros((), device=inputs.device)
         size = self.method.micro_batch or len(inputs)
         losses = []
         for pair in zip(inputs.split(size), targets.split(size), strict=True):
             # The backward pass is within, too: it computes parts of the forward pass again.
-            losses.append(self._within(partial(self._backward, *pair, arguments, frozen, len(inputs))))
+            losses.append(self._within(partial(self._backward, *pair, arguments, frozen, batch)))
         return torch.stack(losses).sum()
 
     def _backward(
         self, inputs: Hidden, targets: Hidden | Tokens, arguments: Mapping[str, Any], frozen: Frozen, batch: int
     ) -> Tensor:
-        """Add the gradients of some of a batch's sequences to the parameters'. Returns their part of the batch's loss."""
-        self.counting = True
+        """Add the gradients of a micro-batch to the parameters'. Returns its part of the batch's loss."""
         inputs = inputs.float()
-        with products_in(self.method.autocast, inputs.device):
-            output = run_block(self.block, inputs, arguments)
+        self.counting = True
+        output = self.attachment.run(lambda: self._forward(inputs, arguments))
         self.counting = False
         loss = self.method.objective.losses(output, inputs, targets, frozen).mean()
         loss = loss * (len(inputs) / batch)
-        loss.backward()
+        self.attachment.backward(loss)
         return loss.detach()
 
-    def _project(self) -> None:
-        for linear in self.linears.values():
-            for part in (linear.clipping, linear.rounding):
-                if isinstance(part, DirectClipping | LearnedRounding):
-                    part.project()
+    def _forward(self, inputs: Hidden, arguments: Mapping[str, Any]) -> Outputs:
+        with products_in(self.method.autocast, inputs.device):
+            return run_block(self.block, inputs, arguments)
 
-    def _finite(self, loss: Tensor) -> bool:
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        total = torch.stack([loss.detach(), *[g.square().sum() for g in gradients]])
-        return bool(torch.isfinite(total).all())
-
+    @torch.no_grad()
     def quantized(self) -> dict[str, QuantizedWeight]:
         """Codes, scales and zero points of the present parameters, by linear name."""
         few = set(self.untrained_experts())
         return self._within(lambda: {n: self._quantized(n, clip=self.experts.get(n) in few) for n in self.linears})
 
+    @torch.no_grad()
     def grids(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Scales and zero points of the present parameters, by linear name."""
-        return self._within(lambda: {name: linear.present_grid() for name, linear in self.linears.items()})
+        return self._within(lambda: {name: self._grid(name) for name in self.linears})
+
+    def _grid(self, name: str) -> tuple[Tensor, Tensor]:
+        with self.attachment.whole(self.linears[name]):
+            return self.linears[name].present_grid()
 
     def _quantized(self, name: str, *, clip: bool) -> QuantizedWeight:
         linear = self.linears[name]
-        return clip_to_weights(linear.weight, self.method.grid, linear.scale_dtype) if clip else linear.quantized()
+        with self.attachment.whole(linear):
+            return clip_to_weights(linear.weight, self.method.grid, linear.scale_dtype) if clip else linear.quantized()
 
     @torch.no_grad()
     def folded(self) -> dict[str, Tensor]:
@@ -256,19 +273,12 @@ class Reconstruction:
 
     def export_state(self) -> dict[str, Tensor]:
         """Parameters, and AdamW's moments, to go on from elsewhere. Views: copy them before the next step."""
-        state = {f"value/{name}": p.detach() for name, p in self.parameters.items()}
+        state = self.attachment.export_state()
         state["steps"] = torch.tensor([self.steps_done, self.status == "non_finite"], dtype=torch.int64)
         if self.tokens:
             state["tokens"] = torch.tensor(list(self.tokens.values()), dtype=torch.int64)
-        if isinstance(self.optimizer, torch.optim.AdamW):
-            for name, parameter in self.parameters.items():
-                if self.steps_done > self.starts[name]:
-                    moments = self.optimizer.state[parameter]
-                    state[f"first/{name}"] = moments["exp_avg"]
-                    state[f"second/{name}"] = moments["exp_avg_sq"]
         return state
 
-    @torch.no_grad()
     def import_state(self, state: Mapping[str, Tensor]) -> None:
         """Take up an exported state: from here every step equals, bit for bit, what it would have been there."""
         steps, failed = (int(v) for v in state["steps"])
@@ -276,13 +286,4 @@ class Reconstruction:
         self.status = "non_finite" if failed else "ok"
         if self.tokens:
             self.tokens = dict(zip(self.tokens, state["tokens"].tolist(), strict=True))
-        if self.optimizer is not None:
-            self.optimizer.state.clear()
-        for name, parameter in self.parameters.items():
-            parameter.copy_(state[f"value/{name}"])
-            if isinstance(self.optimizer, torch.optim.AdamW) and steps > self.starts[name]:
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(steps - self.starts[name])),
-                    "exp_avg": state[f"first/{name}"].clone().to(parameter.device),
-                    "exp_avg_sq": state[f"second/{name}"].clone().to(parameter.device),
-                }
+        self.attachment.import_state(state, steps)

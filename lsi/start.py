@@ -7,7 +7,7 @@ there is worth a tenth of the perplexity (benchmarks/results).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -38,19 +38,26 @@ def in_full_precision(linears: Iterable[QuantizedLinear]) -> Iterator[None]:
 
 @torch.no_grad()
 def collect_moments(
-    block: nn.Module, linears: Mapping[str, QuantizedLinear], batches: Batches, products: torch.dtype | None
+    block: nn.Module,
+    linears: Mapping[str, QuantizedLinear],
+    batches: Batches,
+    products: torch.dtype | None,
+    run: Callable[[Callable[[], Tensor]], Tensor],
 ) -> dict[str, Float[Tensor, " in"]]:
-    """Sum of the squares of every input channel of the linears, the block computing in full precision."""
-    moments = {
-        name: torch.zeros(linear.weight.shape[1], device=linear.weight.device) for name, linear in linears.items()
-    }
+    """Sum of the squares of every input channel of the linears, the block computing in full precision; of a linear that
+    no input reached there is none. `run`: the engine's forward pass (`lsi.engine`)."""
+    moments: dict[str, Tensor] = {}
 
     def add(name: str, seen: Tensor) -> None:
-        moments[name] += seen.square().sum(0)
+        found = seen.square().sum(0)
+        moments[name] = moments[name] + found if name in moments else found
+
+    def forward(inputs: Hidden, arguments: Mapping[str, Any]) -> Tensor:
+        with products_in(products, inputs.device):
+            return run_block(block, inputs, arguments)
 
     watchers = [(linear, partial(add, name)) for name, linear in linears.items()]
     with in_full_precision(linears.values()), watched_inputs(watchers):
         for inputs, arguments in batches:
-            with products_in(products, inputs.device):
-                run_block(block, inputs.float(), arguments)
+            run(partial(forward, inputs.float(), arguments))
     return moments

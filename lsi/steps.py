@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 Steps = Literal["adamw", "signed"]
+Bounds = tuple[float, float] | None
 
 
 class SignedSteps(torch.optim.Optimizer):
@@ -35,9 +38,64 @@ def linear(step: int, total: int) -> float:
     return 1 - min(step, total) / max(total, 1)
 
 
-def make_optimizer(kind: Steps, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """AdamW without weight decay (the papers'), or signed steps."""
-    return torch.optim.AdamW(groups, weight_decay=0.0) if kind == "adamw" else SignedSteps(groups)
-
-
 DECAY = {"adamw": cosine, "signed": linear}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters, by name, that are stepped alike. bounds: where they are put back after a step, None for anywhere.
+
+    start: they join after so many steps of the others; their decay goes from there to the last step of all.
+    """
+
+    names: tuple[str, ...]
+    rate: float
+    bounds: Bounds = None
+    start: int = 0
+
+
+def as_groups(groups: Sequence[Group], parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """The groups as torch's optimizers take them; `base` is the rate that a schedule's factor is of."""
+    # Nothing trained is an empty group: torch refuses an empty list.
+    return [
+        {
+            "params": [parameters[name] for name in group.names],
+            "lr": group.rate,
+            "base": group.rate,
+            "bounds": group.bounds,
+            "start": group.start,
+        }
+        for group in groups or [Group((), 0.0)]
+    ]
+
+
+def make_optimizer(
+    kind: Steps, groups: Sequence[Group], parameters: Mapping[str, nn.Parameter], *, fused: bool = False
+) -> torch.optim.Optimizer:
+    """AdamW without weight decay (the papers'), or signed steps. Either puts parameters back into their group's bounds.
+
+    fused: AdamW in one pass over memory, without temporaries; rounds otherwise.
+    """
+    optimizer: torch.optim.Optimizer
+    if kind == "adamw":
+        optimizer = torch.optim.AdamW(as_groups(groups, parameters), weight_decay=0.0, fused=fused)
+    else:
+        optimizer = SignedSteps(as_groups(groups, parameters))
+    optimizer.register_step_post_hook(lambda stepped, arguments, keywords: project(stepped))
+    return optimizer
+
+
+@torch.no_grad()
+def project(optimizer: torch.optim.Optimizer) -> None:
+    """Every parameter back into the bounds of its group."""
+    for group in optimizer.param_groups:
+        if group["bounds"] is not None:
+            for parameter in group["params"]:
+                parameter.clamp_(*group["bounds"])
+
+
+def set_rates(optimizer: Any, kind: Steps, done: int, total: int) -> None:
+    """Learning rates for the step after `done` of `total` ones: zero for groups that have not joined yet."""
+    for group in optimizer.param_groups:
+        start = group["start"]
+        group["lr"] = group["base"] * DECAY[kind](done - start, total - start) if done >= start else 0.0

@@ -22,6 +22,7 @@ from pipeline.errors import UserError
 
 if TYPE_CHECKING:  # the commands import late: `lsi --help` need not wait for torch
     from pipeline.config import RunConfig
+    from pipeline.doctor import Check
     from pipeline.reporter import Reporter
 
 app = typer.Typer(
@@ -395,6 +396,47 @@ def plan_run(
     except UserError as error:
         fail(str(error), REFUSED)
     print(json.dumps(found) if as_json else "\n".join([*estimate_lines(found), *plan_lines(found)]))
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        str | None, typer.Argument(metavar="[CONFIG]", help="Check what this run needs, too.", show_default=False)
+    ] = None,
+    overrides: SetOption = None,
+    build: Annotated[
+        bool, typer.Option("--build", help="Compile what is compiled ahead, and remove locks that nobody holds.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check this machine, and all that a configuration names; compile ahead, with --build. Exit code 1: unusable."""
+    _quiet_libraries()
+    from pipeline.config import load_config
+    from pipeline.doctor import as_json as to_json
+    from pipeline.doctor import examine, usable
+
+    try:
+        loaded = None if config is None else load_config(config, overrides or [])
+    except UserError as error:
+        fail(str(error), REFUSED)
+    checks = examine(loaded, build=build, say=lambda text: print(text, file=sys.stderr))
+    if as_json:
+        print(to_json(checks))
+    else:
+        show_checks(checks)
+    if not usable(checks):
+        raise typer.Exit(FAILED)
+
+
+def show_checks(checks: list[Check]) -> None:
+    """What was checked, what was found, what to do."""
+    marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "failed": "[bold red]failed[/]"}
+    table = Table("check", "")
+    for name in ("finding", "remedy"):
+        table.add_column(name, overflow="fold")  # a path is of no use without its end
+    for check in checks:
+        table.add_row(check.name, marks[check.state], _escape(check.finding), _escape(check.remedy))
+    Console().print(table, highlight=False)
 
 
 @app.command("eval")

@@ -275,6 +275,16 @@ class ComputeConfig(Section):
     """How it is computed. What changes sums is part of every content address."""
 
     device: Literal["cpu", "cuda"] = Field("cpu")
+    engine: Literal["torch", "deepspeed"] = Field(
+        "torch", description="who keeps a block's tensors and steps its optimizer: plain torch, or DeepSpeed's ZeRO-3"
+    )
+    offload: Literal["none", "optimizer", "parameters", "all"] | None = Field(
+        None, description="what DeepSpeed keeps in host memory, off the device; null: all of it"
+    )
+    adam: Literal["auto", "torch", "cpu_adam"] = Field(
+        "auto",
+        description="who steps an offloaded AdamW; auto: DeepSpeed's cpu_adam where `lsi doctor --build` has compiled it ahead, else torch",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="products in training; auto: bfloat16 where the hardware multiplies it natively"
     )
@@ -291,6 +301,16 @@ class ComputeConfig(Section):
     micro_batch: int | None = Field(
         None, ge=1, description="sequences at once within a step, their gradients added up; null: the whole batch"
     )
+
+    @property
+    def offloads_parameters(self) -> bool:
+        """Whether a block's tensors are kept in host memory."""
+        return self.engine == "deepspeed" and self.offload in (None, "parameters", "all")
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether the optimizer's state is, and stepped there."""
+        return self.engine == "deepspeed" and self.offload in (None, "optimizer", "all")
 
     def address(self) -> dict[str, Any]:
         """What of it decides bytes."""
@@ -419,6 +439,7 @@ class RunConfig(Section):
                 "compute.device is cuda, but cluster.gpus_per_worker is 0, so that every worker would share the first GPU: "
                 "set cluster.gpus_per_worker to 1, or to a part of one"
             )
+        self._check_engine()
         if self.schedule.lead and self.schedule.kind != "wave":
             raise ValueError(
                 f"schedule.lead {self.schedule.lead} means nothing for {self.schedule.kind}: set schedule.kind to wave"
@@ -437,6 +458,29 @@ class RunConfig(Section):
                 "method.equivalence is empty, so nothing is trained: set optimizer.epochs to 0 for round-to-nearest, or choose what to learn"
             )
         return self
+
+    def _check_engine(self) -> None:
+        compute = self.compute
+        if compute.engine == "torch" and compute.offload not in (None, "none"):
+            raise ValueError(
+                f"compute.offload {compute.offload} means nothing for plain torch, which offloads nothing: "
+                "set compute.engine to deepspeed, or leave it out"
+            )
+        if compute.adam == "cpu_adam" and not (compute.offloads_optimizer and self.optimizer.steps == "adamw"):
+            raise ValueError(
+                "compute.adam is cpu_adam, which steps an AdamW that DeepSpeed keeps in host memory, and there is none: "
+                "leave it out, or set compute.engine to deepspeed, compute.offload to all and optimizer.steps to adamw"
+            )
+        if compute.engine == "deepspeed" and compute.checkpoint:
+            raise ValueError(
+                "compute.checkpoint runs parts of a block again in the backward pass, where compute.engine deepspeed has taken their "
+                "tensors away: set compute.checkpoint to false, or compute.engine to torch"
+            )
+        if compute.engine == "deepspeed" and self.method.equivalence:
+            raise ValueError(
+                "method.equivalence changes a block's weights as a whole, and compute.engine deepspeed holds one linear at a time: "
+                "set method.equivalence to [], or compute.engine to torch"
+            )
 
     def recipe(self) -> dict[str, Any]:
         """All that decides the weights' bytes; where it runs, where it is stored and what it is measured on are left out."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,11 +28,12 @@ def is_file(source: str) -> bool:
     return "://" in source or Path(source).exists() or Path(source).suffix in (".txt", ".cor", ".md", *LOADERS)
 
 
-def read_text(source: str) -> str:
-    """A whole text file at any fsspec address. Raises UserError."""
+def read_text(source: str, end: int | None = None) -> str:
+    """A text file at any fsspec address, whole or its first `end` bytes. Raises UserError."""
     try:
         files, path = url_to_fs(source)
-        return files.cat_file(path).decode("utf-8")
+        # A cut in the middle of a character is none of the file's faults.
+        return codecs.getincrementaldecoder("utf-8")().decode(files.cat_file(path, end=end), final=end is None)
     except FileNotFoundError as error:
         raise UserError(f"{source}: no such text file") from error
     except UnicodeDecodeError as error:
@@ -99,7 +101,19 @@ def calibration_tokens(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> 
 
 def evaluation_tokens(tokenizer: PreTrainedTokenizerBase, source: str, enough: int) -> Int[Tensor, " tokens"]:
     """The tokens of an evaluation text from its start: a file, or a data set as `id`, `id:subset` or `id:subset:split`."""
+    return corpus_tokens(tokenizer, evaluation_data(source), enough)
+
+
+def evaluation_data(source: str) -> DataConfig:
+    """An evaluation text in the terms of calibration text."""
     if is_file(source):
-        return corpus_tokens(tokenizer, DataConfig(source=source), enough)
+        return DataConfig(source=source)
     name, subset, split = [*source.split(":"), None, None][:3]
-    return corpus_tokens(tokenizer, DataConfig(source=str(name), subset=subset, split=split or "test"), enough)
+    return DataConfig(source=str(name), subset=subset, split=split or "test")
+
+
+def read_beginning(data: DataConfig) -> str:
+    """A page of a text file, or a table's or data set's first document. Raises UserError where nothing can be read."""
+    if is_file(data.source) and Path(data.source).suffix not in LOADERS:
+        return read_text(data.source, end=4096)
+    return next(iter_documents(data), "")

@@ -30,7 +30,7 @@ def factors_artifact(weight: Tensor, rank: int | None, dtype: torch.dtype, compu
             "kind": KIND,
             "version": VERSION,
             "torch": torch.__version__,
-            "device": compute.device,
+            "device": weight.device.type,
             "threads": compute.threads,
             "weight": hashlib.sha256(tensor_bytes(weight.cpu())).hexdigest(),
             "shape": list(weight.shape),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from lsi import ALGORITHM
 from pipeline.config import ComputeConfig, RunConfig, differing_keys, parse_config
+from pipeline.deepspeed_ops import is_built
 from pipeline.errors import UserError
 from pipeline.store import Store
 
@@ -33,12 +35,38 @@ def read_json(store: Store, key: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def autocast_dtype(compute: ComputeConfig, store: Store) -> torch.dtype | None:
-    """The dtype of products in training. What `auto` once found for a run holds for all its actors and resumptions."""
+@dataclass(frozen=True)
+class Resolved:
+    """What `auto` came to. adam: who steps in host memory."""
+
+    autocast: torch.dtype | None
+    adam: Literal["torch", "cpu_adam"]
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"autocast": str(self.autocast) if self.autocast else None, "adam": self.adam}
+
+
+def resolve(config: RunConfig, store: Store) -> Resolved:
+    """What `auto` once found for a run holds for all its actors and resumptions."""
+    recorded = (read_json(store, RUN_FILE) or {}).get("identity", {}).get("resolved", {})
+    return Resolved(_autocast(config.compute, recorded), _adam(config, recorded))
+
+
+def _adam(config: RunConfig, recorded: dict[str, Any]) -> Literal["torch", "cpu_adam"]:
+    if config.compute.adam != "auto":
+        return config.compute.adam
+    if "adam" in recorded:
+        return "cpu_adam" if recorded["adam"] == "cpu_adam" else "torch"
+    wanted = config.compute.offloads_optimizer and config.optimizer.steps == "adamw"
+    return "cpu_adam" if wanted and is_built("cpu_adam") else "torch"
+
+
+def _autocast(compute: ComputeConfig, recorded: dict[str, Any]) -> torch.dtype | None:
+    """The dtype of products in training."""
     if compute.dtype != "auto":
         return torch.bfloat16 if compute.dtype == "bfloat16" else None
-    recorded = (read_json(store, RUN_FILE) or {}).get("identity", {}).get("resolved")
-    if recorded is not None:
+    if "autocast" in recorded:
         return torch.bfloat16 if recorded["autocast"] else None
     if compute.device == "cuda":
         # A driver without a device speaks for workers that have one; those multiply bfloat16 since 2020.
@@ -48,22 +76,27 @@ def autocast_dtype(compute: ComputeConfig, store: Store) -> torch.dtype | None:
     return torch.bfloat16 if native else None
 
 
-def run_identity(config: RunConfig, autocast: torch.dtype | None) -> dict[str, Any]:
+def packages_of(compute: ComputeConfig) -> tuple[str, ...]:
+    """Packages whose versions may change a run's bytes."""
+    always = ("torch", "transformers", "compressed-tensors")
+    return (*always, "deepspeed") if compute.engine == "deepspeed" else always
+
+
+def run_identity(config: RunConfig, resolved: Resolved) -> dict[str, Any]:
     """All that decides a run's bytes and is known before the model is read."""
     return {
         "recipe": config.recipe(),
-        "resolved": {"autocast": str(autocast) if autocast else None},
-        "versions": {name: package_version(name) for name in ("torch", "transformers", "compressed-tensors")}
-        | {"algorithm": ALGORITHM},
+        "resolved": resolved.record(),
+        "versions": {name: package_version(name) for name in packages_of(config.compute)} | {"algorithm": ALGORITHM},
     }
 
 
-def check_claim(store: Store, config: RunConfig, autocast: torch.dtype | None) -> None:
+def check_claim(store: Store, config: RunConfig, resolved: Resolved) -> None:
     """Refuse a run directory that belongs to another run, naming every key that differs."""
     recorded = read_json(store, RUN_FILE)
     if recorded is None:
         return
-    differing = differing_keys(run_identity(config, autocast), recorded.get("identity"))
+    differing = differing_keys(run_identity(config, resolved), recorded.get("identity"))
     if differing:
         raise UserError(
             f"{store.url} belongs to another run: {'; '.join(d.removeprefix('recipe.') for d in differing)}. "
@@ -71,7 +104,7 @@ def check_claim(store: Store, config: RunConfig, autocast: torch.dtype | None) -
         )
 
 
-def claim(store: Store, config: RunConfig, autocast: torch.dtype | None) -> None:
+def claim(store: Store, config: RunConfig, resolved: Resolved) -> None:
     """Make the directory this run's; done when every check has passed, so that a refused config claims nothing.
 
     Written once: a driver that dies while it rewrote the file would leave a torn one.
@@ -80,7 +113,7 @@ def claim(store: Store, config: RunConfig, autocast: torch.dtype | None) -> None
         return
     whole = config.model_dump(mode="json")
     whole["storage"].pop("options")
-    record = {"identity": run_identity(config, autocast), "config": whole}
+    record = {"identity": run_identity(config, resolved), "config": whole}
     store.put(RUN_FILE, json.dumps(record, indent=1, sort_keys=True).encode())
 
 

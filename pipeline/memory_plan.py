@@ -237,25 +237,55 @@ class MemoryPlan:
     # -- what lies on the device all through a block's training -----------------------------------------------------------
 
     def state(self, steps_done: bool, best: bool = False) -> dict[str, float]:
-        config, numbers = self.config, self.trained_numbers()
-        terms = {"weights": self.block, "factors": self.factor_size(), "trained values": 4 * numbers}
-        terms["grids"] = self.groups() * (self.shape.itemsize + 1.0)
+        """What of a block in training is where it is trained."""
+        terms = self._fixed(best)
+        if self.engine.name == "torch":
+            return terms | self._frozen_part() | self._trained_part(steps_done)
+        away = self.engine
+        if self.cuda and away.offload_parameters:
+            # The linear that computes and the one that is read ahead.
+            terms["linears that are fetched"] = 2.0 * math.prod(self.shape.largest) * self.shape.itemsize
+        elif self.cuda or not away.offload_parameters:
+            terms |= self._frozen_part()
+        if not (self.cuda and away.offload_optimizer):
+            terms |= self._trained_part(steps_done)
+        return terms if self.cuda else terms | self._at_home(steps_done)
+
+    def _at_home(self, steps_done: bool) -> dict[str, float]:
+        """What DeepSpeed keeps in host memory."""
+        if self.engine.name == "torch":
+            return {}
+        kept = self._frozen_part() if self.engine.offload_parameters else {}
+        return kept | (self._trained_part(steps_done) if self.engine.offload_optimizer else {})
+
+    def _fixed(self, best: bool) -> dict[str, float]:
+        terms = {"grids": self.groups() * (self.shape.itemsize + 1.0)}
         if self.increment.kind == "dense" and not self._factored():
             terms["grids"] += 4.0 * self.groups()
-        if steps_done and config.optimizer.steps == "adamw":
-            terms["AdamW's moments"] = 8 * numbers
         if best:
             terms["best state so far"] = self.result_size()
-        frozen = config.method.look_ahead + (config.method.quantized_stream_loss > 0)
+        method = self.config.method
+        frozen = method.look_ahead + (method.quantized_stream_loss > 0)
         terms["frozen blocks of the loss"] = frozen * float(self.shape.weights * self.engine.products)
+        return terms
+
+    def _frozen_part(self) -> dict[str, float]:
+        return {"weights": self.block, "factors": self.factor_size()}
+
+    def _trained_part(self, steps_done: bool) -> dict[str, float]:
+        numbers = self.trained_numbers()
+        # DeepSpeed has the values twice, its own and the optimizer's, and gradients of both for good.
+        terms = {"trained values": (4 if self.engine.name == "torch" else 16) * numbers}
+        if steps_done and self.config.optimizer.steps == "adamw":
+            terms["AdamW's moments"] = 8 * numbers
         return terms
 
     def _transformed(self, *, training: bool) -> float:
         """Weights as an equivalent transformation leaves them, in float32; in training what they are made from and their
-        gradients, too, and one more of those that it changes on both sides."""
+        gradients, too."""
         if not self.config.method.equivalence:
             return 0.0
-        return 12.0 * self.shape.weights + 4.0 * math.prod(self.shape.largest) if training else 4.0 * self.shape.weights
+        return (12.0 if training else 4.0) * self.shape.weights
 
     def step_terms(self) -> dict[str, float]:
         """What one step adds on the device."""
@@ -330,14 +360,13 @@ class MemoryPlan:
         else:
             # LAPACK's copy of the weight, its U, the results and the work space of gesdd.
             work = 4 * whole + 4.0 * 4 * small * small
-        terms = self.state(steps_done=False)
-        held = {name: terms[name] for name in ("weights", "factors", "trained values")}
+        held = self._frozen_part() | {"trained values": 4 * self.trained_numbers()}
         moments.add("factoring the largest linear", held | {"the weight widened": whole, "decomposition": work})
 
     def optimize(self) -> UnitPeaks:
         """One epoch of one block, the fullest one."""
         config, moments = self.config, self._moments()
-        cache = {"activation cache": self.cached()}
+        cache = {"activation cache": self.cached()} | (self._at_home(steps_done=True) if self.cuda else {})
         self.load(moments)
         if self._factored():
             self._factorize(moments)

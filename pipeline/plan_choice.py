@@ -51,7 +51,10 @@ def present_engine(config: RunConfig, device: Device | None = None) -> Engine:
         micro_batch=compute.micro_batch or config.optimizer.batch_size,
         recompute=compute.recompute,
         checkpoint=compute.checkpoint,
+        name=compute.engine,
         products=products(config, device),
+        offload_parameters=compute.offloads_parameters,
+        offload_optimizer=compute.offloads_optimizer,
     )
 
 
@@ -68,17 +71,22 @@ def candidates(config: RunConfig, engine: Engine) -> Iterator[tuple[Engine, tupl
     sizes = [engine.micro_batch]
     while "micro_batch" not in explicit and sizes[-1] > 1:
         sizes.append((sizes[-1] + 1) // 2)
-    for recompute, checkpoint in _repetitions(explicit, engine):
-        for size in sizes:
-            found = replace(engine, micro_batch=size, recompute=recompute, checkpoint=checkpoint)
-            yield found, tuple(_lines(engine, found))
+    engines = [engine]
+    # It takes no equivalent transformation; and where all is in host memory anyway, it holds more and not less.
+    if "engine" not in explicit and engine.device == "cuda" and not config.method.equivalence and not engine.checkpoint:
+        engines.append(replace(engine, name="deepspeed", offload_parameters=True, offload_optimizer=True))
+    for base in engines:
+        for recompute, checkpoint in _repetitions(explicit, base):
+            for size in sizes:
+                found = replace(base, micro_batch=size, recompute=recompute, checkpoint=checkpoint)
+                yield found, tuple(_lines(engine, found))
 
 
 def _repetitions(explicit: set[str], engine: Engine) -> list[tuple[bool | None, bool]]:
     found = [(engine.recompute, engine.checkpoint)]
     if "recompute" not in explicit:
         found.append((True, engine.checkpoint))
-    if "checkpoint" not in explicit:
+    if "checkpoint" not in explicit and engine.name == "torch":
         found.append((found[-1][0], True))
     return found
 
@@ -87,6 +95,9 @@ def _lines(before: Engine, now: Engine) -> Iterator[tuple[str, str]]:
     if now.micro_batch != before.micro_batch:
         why = f"fewer activations at once than with {before.micro_batch} sequences; the weights are quantized once for each"
         yield f"compute.micro_batch: {now.micro_batch}", why
+    if now.name != before.name:
+        why = "weights, factors and the optimizer stay in host memory and are fetched linear by linear; a step waits for that"
+        yield "compute.engine: deepspeed", why
     if now.recompute != before.recompute:
         yield "compute.recompute: true", f"no weight-sized tensor is kept between the passes; {RECOMPUTATION}"
     if now.checkpoint != before.checkpoint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import posixpath
 import re
@@ -13,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline import finetune_plan
 from pipeline.artifacts import Artifact, CorruptArtifactError, Writer, digest, discard, intact, read_file, read_record
 from pipeline.capture import TOKENS_FILE
 from pipeline.checks import check_equivalence, check_look_ahead, check_purpose, check_scheme
-from pipeline.config import RunConfig
+from pipeline.config import ComputeConfig, RunConfig
 from pipeline.data import calibration_tokens, evaluation_tokens
 from pipeline.errors import UserError
-from pipeline.finetune_plan import resolve
 from pipeline.fit import check_fit
 from pipeline.gguf_import import import_gguf
-from pipeline.identity import autocast_dtype, check_claim, claim, read_json, run_identity
+from pipeline.identity import Resolved, check_claim, claim, read_json, resolve, run_identity
 from pipeline.lease import Lease
 from pipeline.merge import CHECKPOINT_MANIFEST, CONFIG_FILE
 from pipeline.model_source import DTYPES, ModelSource, locate, open_model
@@ -93,12 +94,12 @@ def converted(config: RunConfig, store: Store, report: Reporter) -> Store:
     return store.child(f"{artifact.path}/{folder}")
 
 
-def check_place(checkpoint: Store, config: RunConfig, autocast: torch.dtype | None) -> None:
+def check_place(checkpoint: Store, config: RunConfig, resolved: Resolved) -> None:
     """Refuse to overwrite a checkpoint that this run did not make."""
     if not checkpoint.exists(CONFIG_FILE):
         return
     theirs = (read_json(checkpoint, CHECKPOINT_MANIFEST) or {}).get("identity")
-    if theirs != run_identity(config, autocast):
+    if theirs != run_identity(config, resolved):
         raise UserError(f"{checkpoint.url} holds another checkpoint already; choose another outputs.checkpoint")
 
 
@@ -124,23 +125,37 @@ def ensure_tokens(store: Store, values: dict[Artifact, Tensor], say: Callable[[s
         writer.commit({"shape": list(tokens.shape)})
 
 
+def check_engine(compute: ComputeConfig) -> None:
+    """Refuse DeepSpeed where it cannot be had."""
+    if compute.engine == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            "compute.engine is deepspeed, but the package deepspeed is not installed here: install it, here and on the workers "
+            "(pip install deepspeed), or set compute.engine to torch"
+        )
+
+
 def prepare(config: RunConfig, report: Reporter) -> Prepared:
     """Check everything that can be checked without work. The driver stores the tokens with its first plan."""
     if config.compute.device == "cuda" and config.cluster.address is None and not torch.cuda.is_available():
         raise UserError(
             "compute.device is cuda, but this machine has no CUDA device; set compute.device to cpu or give cluster.address"
         )
+    check_engine(config.compute)
     if config.finetune.blocks is not None:
-        config = resolve(config)
+        config = finetune_plan.resolve(config)
     store = open_store(config.storage.run, config.storage.options)
     store.check_writable()
-    autocast = autocast_dtype(config.compute, store)
-    check_claim(store, config, autocast)
+    resolved = resolve(config, store)
+    check_claim(store, config, resolved)
+    if config.compute.offloads_optimizer and config.optimizer.steps == "adamw" and resolved.adam == "torch":
+        report.message(
+            "torch's AdamW steps in host memory: this run began without a cpu_adam built by `lsi doctor --build`"
+        )
     checkpoint = open_store(checkpoint_url(config), config.storage.options)
     checkpoint.check_writable("outputs.checkpoint")
     if config.storage.factors is not None:
         open_store(config.storage.factors, config.storage.options).check_writable("storage.factors")
-    check_place(checkpoint, config, autocast)
+    check_place(checkpoint, config, resolved)
     source, model_options = open_source(config, store, report)
     skeleton = make_skeleton(source.config, trust_remote_code=config.model.trust_remote_code)
     check_tensors(skeleton, source)
@@ -152,7 +167,7 @@ def prepare(config: RunConfig, report: Reporter) -> Prepared:
         check_fit(config, skeleton, source.dtype(config.model.dtype), store, report)
     report.message(f"reading calibration text {config.data.source}")
     tokens, texts, values = read_tokens(config, source)
-    claim(store, config, autocast)
+    claim(store, config, resolved)
     dtype = source.dtype(config.model.dtype)
     context = Context(
         config=anywhere(config),
@@ -160,11 +175,12 @@ def prepare(config: RunConfig, report: Reporter) -> Prepared:
         model_url=absolute(source.store.url),
         checkpoint_url=absolute(checkpoint.url),
         dtype=dtype,
-        autocast=autocast,
+        autocast=resolved.autocast,
+        adam=resolved.adam,
         model_options=model_options,
     )
-    resolved = {"dtype": str(dtype), "autocast": str(autocast) if autocast else None}
-    return Prepared(config, store, checkpoint, source, skeleton, context, tokens, texts, resolved, values)
+    recorded = {"dtype": str(dtype)} | resolved.record()
+    return Prepared(config, store, checkpoint, source, skeleton, context, tokens, texts, recorded, values)
 
 
 def anywhere(config: RunConfig) -> RunConfig:

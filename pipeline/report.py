@@ -75,7 +75,7 @@ def flag_line(block: dict[str, Any]) -> str:
 
 
 def recipe_of(prepared: Prepared) -> dict[str, Any]:
-    return run_identity(prepared.config, prepared.context.autocast)
+    return run_identity(prepared.config, prepared.context.resolved)
 
 
 def tuned_from(prepared: Prepared) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from pipeline.estimate import human_bytes
 from pipeline.finetune_merge import copied_shards, packed_owners
 from pipeline.finetune_plan import build_finetune, trained_linears
 from pipeline.graph import KINDS, TRAIN, Graph, Inputs, build_graph
-from pipeline.identity import check_claim, package_version
+from pipeline.identity import check_claim, package_version, packages_of
 from pipeline.lease import hold
 from pipeline.merge import plan_shards, scheme_layout, shards_with_blocks, unpublished, withdraw
 from pipeline.packed_source import PackedSource
@@ -42,7 +42,7 @@ from pipeline.worker import Context, make_handler
 
 PLAN_FILE = "plan.json"
 # Driver and workers exchange pickles of these, and other versions of them may round otherwise.
-COMPARED = ("ray", "torch", "transformers", "lsi-quant")
+COMPARED = ("ray", "lsi-quant")
 
 
 @dataclass
@@ -80,7 +80,7 @@ def ray_workers(config: RunConfig, context: Context, report: Reporter) -> Iterat
                 partial(make_handler, context),
                 worker_pools(cluster),
                 deadline=cluster.deadline_seconds,
-                versions=versions.here(COMPARED),
+                versions=versions.here((*COMPARED, *packages_of(config.compute))),
                 on_message=report.message,
             )
             try:
@@ -125,6 +125,7 @@ def graph_of(prepared: Prepared, blocks: list[str], outer: str, quarantined: dic
             "torch": torch.__version__,
             "transformers": package_version("transformers"),
         }
+        | ({"deepspeed": package_version("deepspeed")} if config.compute.engine == "deepspeed" else {})
     )
     build = build_graph if config.finetune.blocks is None else build_finetune
     return build(
@@ -169,7 +170,7 @@ def leased(prepared: Prepared, report: Reporter) -> Iterator[None]:
         prepared.store.check_fence = prepared.checkpoint.check_fence = lease.check
         try:
             # Another configuration may have claimed the directory since it was looked at.
-            check_claim(prepared.store, prepared.config, plain.autocast)
+            check_claim(prepared.store, prepared.config, plain.resolved)
             sweep(prepared, report)
             try:
                 yield

@@ -90,9 +90,7 @@ class Store:
 
     def clean(self, text: str) -> str:
         """A text without the values of `options`, which may be secrets that a backend repeats in its errors."""
-        for value in _leaves(self.options):
-            text = text.replace(value, "***")
-        return text
+        return clean_options(text, self.options)
 
     def _persist(self, verb: str, key: str, action: Callable[[], T]) -> T:
         return persist(f"{verb} {self.describe(key)}", action, self.clean)
@@ -307,6 +305,13 @@ def _producer(data: Data) -> Callable[[], Iterable[Buffer]]:
     if isinstance(data, bytes | memoryview):
         return lambda: [data]
     return data if callable(data) else lambda: data
+
+
+def clean_options(text: str, options: dict[str, Any]) -> str:
+    """A text without the values of fsspec options."""
+    for value in _leaves(options):
+        text = text.replace(value, "***")
+    return text
 
 
 def _leaves(options: dict[str, Any]) -> Iterator[str]:

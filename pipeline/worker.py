@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,15 @@ from torch import Tensor, nn
 from cluster.group import ShouldYield, stay
 from cluster.units import UnitError, YieldUnit
 from lsi.block import linear_names
+from lsi.engine import Engine
 from lsi.objective import freeze
 from pipeline.artifacts import Artifact, CorruptArtifactError, discard, read_tensors
 from pipeline.call_arguments import call_arguments
 from pipeline.config import RunConfig
+from pipeline.engines import home_of, make_engine
 from pipeline.errors import UserError
 from pipeline.faults import StorageError
+from pipeline.identity import Resolved
 from pipeline.lease import check_same_place, check_term
 from pipeline.model_source import ModelSource, open_model
 from pipeline.packed_source import PackedSource, open_packed
@@ -69,6 +72,12 @@ class Context:
     # The driver's turn, which its workers commit under, and what proves that they see the driver's storage; 0: neither is checked.
     term: int = 0
     nonce: str = ""
+    adam: Literal["torch", "cpu_adam"] = "torch"
+
+    @property
+    def resolved(self) -> Resolved:
+        """What `auto` came to."""
+        return Resolved(self.autocast, self.adam)
 
 
 class ChunkCache:
@@ -131,6 +140,8 @@ class Worker:
         self.name = name
         self.should_yield = should_yield
         self.device = context.config.compute.device
+        # Where a block in training is built, for its engine to take over.
+        self.home = home_of(context.config.compute)
         self.store = open_store(context.run_url, context.config.storage.options)
         self.checkpoint = open_store(context.checkpoint_url, context.config.storage.options)
         if context.term:
@@ -147,6 +158,11 @@ class Worker:
         self.started = time.time()
         # What a person should know of the present unit; told with its result.
         self.notes: list[str] = []
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Serves all blocks that this worker trains."""
+        return make_engine(self.config.compute, self.context.adam)
 
     @cached_property
     def source(self) -> ModelSource:
@@ -224,6 +240,7 @@ class Worker:
         self._frozen = {}
         self._tail = None
         self.held = None
+        self.engine.close()
         self.chunks.drop_except(set())
 
     def leave_if_asked(self) -> None:

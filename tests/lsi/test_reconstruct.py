@@ -16,6 +16,7 @@ from tolerances import assert_close, assert_same
 from torch import Tensor, nn
 
 from lsi.block import load_quantized, round_block, run_block, sharing_copy
+from lsi.engine import TorchAttachment
 from lsi.grid import Grid
 from lsi.increment import Increment, Kind
 from lsi.linear import Clipping, Parts
@@ -72,8 +73,8 @@ def gradients_of(reconstruction: Reconstruction) -> dict[str, Tensor]:
     def note(*_: object) -> None:
         seen.update({name: p.grad.clone() for name, p in reconstruction.parameters.items() if p.grad is not None})
 
-    assert reconstruction.optimizer is not None
-    reconstruction.optimizer.register_step_pre_hook(note)
+    assert isinstance(reconstruction.attachment, TorchAttachment)
+    reconstruction.attachment.optimizer.register_step_pre_hook(note)
     return seen
 
 

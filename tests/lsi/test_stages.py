@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tolerances import assert_close, assert_same
 from torch import Tensor
 
+from lsi.engine import TorchAttachment
 from lsi.grid import Grid
 from lsi.increment import Increment, Kind
 from lsi.linear import Clipping, Parts
@@ -96,8 +97,8 @@ def watch_gradients(reconstruction: Reconstruction) -> dict[str, Tensor | None]:
         for name, parameter in reconstruction.parameters.items():
             gradients[name] = None if parameter.grad is None else parameter.grad.clone()
 
-    assert reconstruction.optimizer is not None
-    reconstruction.optimizer.register_step_pre_hook(keep)
+    assert isinstance(reconstruction.attachment, TorchAttachment)
+    reconstruction.attachment.optimizer.register_step_pre_hook(keep)
     return gradients
 
 

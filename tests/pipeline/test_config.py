@@ -18,7 +18,7 @@ from pipeline.config import (
     valid_keys,
 )
 from pipeline.errors import UserError
-from pipeline.identity import RUN_FILE, claim, recorded_config
+from pipeline.identity import RUN_FILE, Resolved, claim, recorded_config, resolve
 from pipeline.store import open_store
 
 CONFIGS = sorted((Path(__file__).parent.parent.parent / "configs").glob("*.yaml"))
@@ -134,6 +134,62 @@ def test_values_out_of_range_are_named(section: str, key: str, value: Any) -> No
     given[section] = given.get(section, {}) | {key: value}
     with pytest.raises(UserError, match=rf"x\.yaml: {section}\.{key} = {value!r}: "):
         parse_config(given, "x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("sections", "told", "remedy"),
+    [
+        ({"compute": {"offload": "all"}}, "compute.offload all means nothing for plain torch", "engine to deepspeed"),
+        ({"compute": {"adam": "cpu_adam"}}, "compute.adam is cpu_adam", "leave it out"),
+        (
+            {"compute": {"engine": "deepspeed", "adam": "cpu_adam"}, "optimizer": {"steps": "signed"}},
+            "compute.adam is cpu_adam",
+            "optimizer.steps to adamw",
+        ),
+        (
+            {"compute": {"engine": "deepspeed"}, "method": {"equivalence": "auto"}},
+            "compute.engine deepspeed holds one linear at a time",
+            "method.equivalence to []",
+        ),
+        (
+            {"compute": {"engine": "deepspeed", "checkpoint": True}},
+            "compute.checkpoint runs parts of a block again",
+            "compute.checkpoint to false",
+        ),
+    ],
+)
+def test_engines_that_do_not_fit_the_rest(sections: dict[str, Any], told: str, remedy: str) -> None:
+    message = refusal(**sections)
+    assert told in message
+    assert remedy in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("compute", "parameters", "optimizer"),
+    [
+        ({}, False, False),
+        ({"engine": "deepspeed"}, True, True),
+        ({"engine": "deepspeed", "offload": "parameters"}, True, False),
+        ({"engine": "deepspeed", "offload": "optimizer"}, False, True),
+        ({"engine": "deepspeed", "offload": "none"}, False, False),
+    ],
+)
+def test_what_is_offloaded(compute: dict[str, str], parameters: bool, optimizer: bool) -> None:
+    found = parse_config(tree(compute=compute)).compute
+    assert (found.offloads_parameters, found.offloads_optimizer) == (parameters, optimizer)
+
+
+def test_who_steps_in_host_memory_is_found_once_for_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store("memory://test-config-adam")
+    config = parse_config(tree(compute={"engine": "deepspeed"}))
+    monkeypatch.setattr("pipeline.identity.is_built", lambda op: False)
+    assert resolve(config, store).adam == "torch"
+    claim(store, config, resolve(config, store))
+    monkeypatch.setattr("pipeline.identity.is_built", lambda op: True)
+    assert resolve(config, store).adam == "torch"
+    assert resolve(config, open_store("memory://test-config-adam-new")).adam == "cpu_adam"
+    assert resolve(parse_config(tree()), open_store("memory://test-config-adam-new")).adam == "torch"
 
 
 def test_batch_larger_than_chunk() -> None:
@@ -355,7 +411,7 @@ def test_recorded_run_holds_no_storage_options() -> None:
     options = {"key": "hunter2", "client_kwargs": {"token": "hunter2"}}
     config = parse_config(tree(storage={"run": "r", "options": options}))
     store = open_store("memory://test-config-recorded")
-    claim(store, config, None)
+    claim(store, config, Resolved(None, "torch"))
     assert b"hunter2" not in store.get(RUN_FILE)
     assert b"options" not in store.get(RUN_FILE)
     assert recorded_config(store, options) == config

@@ -23,6 +23,7 @@ def test_a_run_on_the_gpu_improves_and_repeats_to_the_byte(
     hashes = []
     for name in ("one", "two"):
         sections = {"compute": {"device": "cuda", "dtype": "auto"}, "method": {"increment": increment}}
+        sections["cluster"] = {"gpus_per_worker": 1}
         finished, _ = run(tiny_config(model, short_text, tmp_path / name, **sections))
         for block in block_reports(finished):
             assert block["status"] == "ok"
@@ -31,11 +32,28 @@ def test_a_run_on_the_gpu_improves_and_repeats_to_the_byte(
     assert hashes[0] == hashes[1]
 
 
+@pytest.mark.parametrize("increment", ["diagonal", "dense"])
+def test_deepspeed_on_the_gpu_agrees_with_torch_and_repeats_to_the_byte(
+    tiny_model: Callable[..., Path], short_text: Path, tmp_path: Path, increment: str
+) -> None:
+    model = tiny_model(tmp_path / "model")
+    hashes, losses = {}, {}
+    for name, engine in {"torch": "torch", "one": "deepspeed", "two": "deepspeed"}.items():
+        sections = {"compute": {"device": "cuda", "engine": engine}, "method": {"increment": increment}}
+        sections["cluster"] = {"gpus_per_worker": 1}
+        finished, _ = run(tiny_config(model, short_text, tmp_path / name, **sections))
+        hashes[name] = checkpoint_hashes(finished.prepared.checkpoint)
+        losses[name] = [block["loss"] for block in block_reports(finished)]
+    assert hashes["one"] == hashes["two"]
+    assert losses["one"] == pytest.approx(losses["torch"], rel=1e-2)
+
+
 def test_the_gpu_agrees_with_the_cpu(tiny_model: Callable[..., Path], short_text: Path, tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model")
     losses = {}
     for device in ("cpu", "cuda"):
-        finished, _ = run(tiny_config(model, short_text, tmp_path / device, compute={"device": device}))
+        sections = {"compute": {"device": device}, "cluster": {"gpus_per_worker": 1}}
+        finished, _ = run(tiny_config(model, short_text, tmp_path / device, **sections))
         losses[device] = [block["loss"] for block in block_reports(finished)]
     # Rounding to the grid turns last-bit differences into whole steps of single weights.
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.05)

@@ -1,0 +1,178 @@
+"""Where a block's tensors live while it is trained, and who steps them: all that the reconstruction loop asks for.
+
+An engine takes a block in (`attach`) and gives an `Attachment`. `TorchEngine` is plain torch: all stays where it is. Another
+engine may move tensors away between their uses and keep the optimizer's state elsewhere, or give the attachment another
+module of the same structure; whoever reads tensors outside a forward pass does so within `whole`.
+
+    attachment = engine.attach(block, linears, parameters, steps, groups)
+    attachment.begin(done, total)
+    part = attachment.part(len(hidden))
+    loss = loss_of(attachment.run(lambda: attachment.block(hidden[part])))
+    attachment.backward(loss)
+    loss, finite = attachment.step(loss.detach())
+
+A step may be of several parts, each run and taken backward by itself: their gradients add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from lsi.steps import Group, Steps, make_optimizer, set_rates
+
+
+@runtime_checkable
+class Attachment(Protocol):
+    """One block in an engine. Not to be used any more once the engine has taken in another."""
+
+    block: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+
+    def part(self, samples: int) -> slice:
+        """Which samples of a batch this process computes: all, or its share of a group's (`lsi.group`), which may be none."""
+
+    def total(self, counts: list[int]) -> list[int]:
+        """The sums of whole numbers over all processes that share the batches."""
+
+    def begin(self, done: int, total: int) -> None:
+        """Before the step after `done` of `total` ones: no gradients, and the groups' rates; those that have not joined yet
+        stay as they are."""
+
+    def run(self, function: Callable[[], Tensor]) -> Tensor:
+        """What a forward pass over the block returns."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of what was run last."""
+
+    def step(self, loss: Tensor) -> tuple[float, bool]:
+        """One update with the gradients since `begin`; `loss` is what they are of, without its graph.
+
+        A parameter that the loss does not reach takes part with a gradient of zeros. Returns the batch's loss, and whether
+        it and all gradients are finite: if not, nothing is changed.
+        """
+
+    def whole(self, module: nn.Module, *, changing: bool = False) -> AbstractContextManager[None]:
+        """Within it the module's tensors can be read, outside a forward pass; and its trained parameters written to if
+        `changing`."""
+
+    def export_state(self) -> dict[str, Tensor]:
+        """value/NAME of every parameter, and first/NAME and second/NAME, AdamW's moments. Views, until the next step."""
+
+    def import_state(self, state: Mapping[str, Tensor], steps: int) -> None:
+        """Take up an exported state after `steps` updates: what follows equals, bit for bit, what it would have been."""
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Takes blocks in, one after the other."""
+
+    def attach(
+        self,
+        block: nn.Module,
+        linears: Mapping[str, nn.Module],
+        parameters: Mapping[str, nn.Parameter],
+        steps: Steps,
+        groups: Sequence[Group],
+    ) -> Attachment:
+        """The block belongs to the engine from now on. linears: the parts of it, by name, whose tensors are used together.
+        parameters: what is trained, each in one of the groups."""
+
+    def close(self) -> None:
+        """Let go of what is kept from block to block; attachments are of no use afterwards."""
+
+
+class TorchEngine:
+    """Everything stays on the block's device."""
+
+    def attach(
+        self,
+        block: nn.Module,
+        linears: Mapping[str, nn.Module],
+        parameters: Mapping[str, nn.Parameter],
+        steps: Steps,
+        groups: Sequence[Group],
+    ) -> TorchAttachment:
+        return TorchAttachment(block, parameters, steps, groups)
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+
+class Alone:
+    """What an attachment says whose process has the batches to itself."""
+
+    def part(self, samples: int) -> slice:
+        """All of them."""
+        return slice(0, samples)
+
+    def total(self, counts: list[int]) -> list[int]:
+        """As they are."""
+        return counts
+
+
+class TorchAttachment(Alone):
+    def __init__(
+        self, block: nn.Module, parameters: Mapping[str, nn.Parameter], steps: Steps, groups: Sequence[Group]
+    ) -> None:
+        self.block = block
+        self.parameters: Mapping[str, nn.Parameter] = dict(parameters)
+        self.steps = steps
+        self.starts = {name: group.start for group in groups for name in group.names}
+        self.optimizer = make_optimizer(steps, groups, parameters)
+
+    def begin(self, done: int, total: int) -> None:
+        set_rates(self.optimizer, self.steps, done, total)
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(done >= self.starts[name])
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def run(self, function: Callable[[], Tensor]) -> Tensor:
+        return function()
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self, loss: Tensor) -> tuple[float, bool]:
+        for parameter in self.parameters.values():
+            # A linear that the batch does not reach (an expert) takes part with zeros: one step count serves all.
+            if parameter.grad is None and parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        self._share([loss, *gradients])
+        finite = bool(torch.isfinite(torch.stack([loss, *[g.square().sum() for g in gradients]])).all())
+        if finite:
+            self.optimizer.step()
+        # They are as large as what is trained, and nobody reads them after the step.
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item(), finite
+
+    def _share(self, tensors: list[Tensor]) -> None:
+        """Sum the tensors in place over all processes that share the batches; here there is one."""
+
+    def whole(self, module: nn.Module, *, changing: bool = False) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def export_state(self) -> dict[str, Tensor]:
+        state = {f"value/{name}": p.detach() for name, p in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            if moments := self.optimizer.state.get(parameter):
+                state[f"first/{name}"] = moments["exp_avg"]
+                state[f"second/{name}"] = moments["exp_avg_sq"]
+        return state
+
+    @torch.no_grad()
+    def import_state(self, state: Mapping[str, Tensor], steps: int) -> None:
+        self.optimizer.state.clear()
+        for name, parameter in self.parameters.items():
+            parameter.copy_(state[f"value/{name}"])
+            if f"first/{name}" in state:
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(steps - self.starts[name])),
+                    "exp_avg": state[f"first/{name}"].clone().to(parameter.device),
+                    "exp_avg_sq": state[f"second/{name}"].clone().to(parameter.device),
+                }

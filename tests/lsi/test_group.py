@@ -1,0 +1,71 @@
+"""One block, several processes: real ones, over gloo on loopback."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from member import train
+from safetensors.torch import load_file
+
+from lsi.group import GroupEngine
+
+HERE = Path(__file__).parent
+# A sum over two halves rounds otherwise than a sum over the whole batch; measured 2e-7.
+RELATIVE = 5e-6
+
+
+def train_together(folder: Path, size: int = 2) -> list[dict[str, torch.Tensor]]:
+    """What every member of a group came to."""
+    folder.mkdir()
+    path = os.pathsep.join((str(HERE), str(HERE.parents[1])))
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, HERE / "member.py", str(rank), str(size), folder / "store", folder / f"{rank}"],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    return [load_file(folder / f"{rank}") for rank in range(size)]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_two_processes_have_the_losses_of_one_and_repeat_to_the_byte(tmp_path: Path) -> None:
+    losses, state = train(None)
+    first, second = train_together(tmp_path / "one")
+    assert same(first, second), "members that came to different states"
+    assert first["losses"].tolist() == pytest.approx(losses, rel=RELATIVE)
+    for name, tensor in state.items():
+        torch.testing.assert_close(first[name], tensor, rtol=1e-3, atol=1e-6)
+    again, _ = train_together(tmp_path / "two")
+    assert same(first, again)
+
+
+@pytest.fixture
+def group_of_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    began = not dist.is_initialized()
+    if began:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    if began:
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_more_members_than_samples_are_refused() -> None:
+    with pytest.raises(ValueError, match="a group of 1 for batches of 0 samples leaves 1 of its members without any"):
+        GroupEngine(batch_size=0)
