@@ -12,7 +12,7 @@ from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.estimate import human_bytes, lay_out, simulated
 from pipeline.memory_plan import DRIVER, GIB, MemoryPlan, worker_peak
-from pipeline.plan_choice import Limits, choose, fits, present_engine
+from pipeline.plan_choice import Limits, choose, fits, missing, present_engine
 from pipeline.plan_shapes import block_shape
 from pipeline.reporter import Reporter
 from pipeline.skeleton import Skeleton
@@ -71,9 +71,12 @@ def check_memory(config: RunConfig, skeleton: Skeleton, dtype: torch.dtype, repo
                 f"{machine_memory() / GIB:.1f}: set cluster.workers to {max(1, int(count * machine_memory() / needed))}"
             )
         return
-    choice = choose(shape, config, limits)
-    settings = "; ".join(f"{line} ({why})" for line, why in choice.lines)
-    raise UserError(f"a worker's memory does not do for this configuration, and would with {settings}")
+    place, (stage, peak, short) = next(iter(missing(units, limits).items()))
+    settings = "; ".join(f"{line} ({why})" for line, why in choose(shape, config, limits).lines)
+    raise UserError(
+        f"a unit of stage {stage} needs {peak.total / GIB:.1f} GiB on the {place}, {short / GIB:.1f} GiB more than a worker has; it fits "
+        f"with {settings}"
+    )
 
 
 def check_room(run: str, held: float, high_water: float) -> None:

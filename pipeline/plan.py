@@ -15,6 +15,7 @@ from pipeline.costs import Cost, Device
 from pipeline.errors import UserError
 from pipeline.estimate import Outline, estimate, outline, simulated
 from pipeline.memory_plan import BASE, DRIVER, Peak, worker_peak
+from pipeline.optimize import TrainTask
 from pipeline.plan_choice import Choice, Limits, choose
 from pipeline.plan_shapes import block_shape
 
@@ -95,15 +96,18 @@ def memory_record(choice: Choice, limits: Limits) -> dict[str, Any]:
 
 
 def traffic(found: Outline) -> dict[str, dict[str, float]]:
-    """Bytes that the largest unit of each stage reads and writes, its weights among them."""
-    cache = float(found.inputs.config.storage.cache_mib << 20)
-    most: dict[str, dict[str, float]] = {}
+    """Bytes that the largest unit of each kind reads and writes, its weights among them, and what it has in the run directory
+    besides: commits in its midst, the next one beside the last."""
+    config, shape, costs = found.inputs.config, found.shape, found.costs
+    cache = float(config.storage.cache_mib << 20)
+    most = {"inspect": {"read": float(shape.weights * shape.itemsize), "written": 0.0, "scratch": 0.0}}
     for node in found.graph.nodes:
-        cost = found.costs.of(node)
-        now = {"read": read_bytes(cost, cache), "written": sum(size for _, size in cost.writes)}
-        before = most.setdefault(node.stage, now)
-        if sum(now.values()) > sum(before.values()):
-            most[node.stage] = now
+        kind, cost = node.name.partition("/")[0], costs.of(node)
+        now = {"read": read_bytes(cost, cache), "written": sum(size for _, size in cost.writes), "scratch": 0.0}
+        if isinstance(node.task, TrainTask):
+            now["scratch"] = 2 * costs.state_bytes(node.task.comparison == "goes_on")
+        before = most.setdefault(kind, now)
+        most[kind] = {name: max(size, before[name]) for name, size in now.items()}
     return most
 
 

@@ -79,7 +79,7 @@ def candidates(config: RunConfig, engine: Engine) -> Iterator[tuple[Engine, tupl
         for recompute, checkpoint in _repetitions(explicit, base):
             for size in sizes:
                 found = replace(base, micro_batch=size, recompute=recompute, checkpoint=checkpoint)
-                yield found, tuple(_lines(engine, found))
+                yield found, (*_device_lines(config, engine), *_lines(engine, found))
 
 
 def _repetitions(explicit: set[str], engine: Engine) -> list[tuple[bool | None, bool]]:
@@ -89,6 +89,13 @@ def _repetitions(explicit: set[str], engine: Engine) -> list[tuple[bool | None, 
     if "checkpoint" not in explicit and engine.name == "torch":
         found.append((found[-1][0], True))
     return found
+
+
+def _device_lines(config: RunConfig, engine: Engine) -> Iterator[tuple[str, str]]:
+    if engine.device != config.compute.device:
+        yield f"compute.device: {engine.device}", "the workers have GPUs"
+    if engine.device == "cuda" and not config.cluster.gpus_per_worker:
+        yield "cluster.gpus_per_worker: 1", "or a part of one, where workers share it"
 
 
 def _lines(before: Engine, now: Engine) -> Iterator[tuple[str, str]]:

@@ -22,22 +22,15 @@ def plan_lines(found: Mapping[str, Any]) -> list[str]:
 
 
 def _table(memory: Mapping[str, Any], traffic_of: Mapping[str, Any]) -> list[str]:
-    header = ("a unit of", "host", "device", "reads", "writes", "fullest while")
+    header = ("a unit of", "host", "device", "reads", "writes", "scratch", "fullest while")
     rows = [header]
     for stage, unit in memory["units"].items():
-        moved = traffic_of.get(stage, {"read": 0.0, "written": 0.0})
-        device = unit["device"]
-        rows.append(
-            (
-                stage,
-                human_bytes(unit["host"]["bytes"]),
-                human_bytes(device["bytes"]) if device else "-",
-                human_bytes(moved["read"]) if moved["read"] else "-",
-                human_bytes(moved["written"]) if moved["written"] else "-",
-                (device or unit["host"])["moment"],
-            )
-        )
-    rows.append(("(driver)", human_bytes(memory["driver"]), "-", "-", "-", "planning"))
+        moved, device = traffic_of.get(stage, {}), unit["device"]
+        sizes = (moved.get(name, 0.0) for name in ("read", "written", "scratch"))
+        shown = [human_bytes(size) if size else "-" for size in sizes]
+        on_device = human_bytes(device["bytes"]) if device else "-"
+        rows.append((stage, human_bytes(unit["host"]["bytes"]), on_device, *shown, (device or unit["host"])["moment"]))
+    rows.append(("(driver)", human_bytes(memory["driver"]), "-", "-", "-", "-", "planning"))
     widths = [max(len(row[place]) for row in rows) for place in range(len(header))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
