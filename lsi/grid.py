@@ -134,54 +134,81 @@ def row_pieces(weight: Tensor) -> Iterator[slice]:
         yield slice(start, start + rows)
 
 
-def _rounded(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    return (weight / scale).add_(zero).round_()
+def _rounded(ratio: Tensor, zero: Tensor, offset: Tensor | None) -> Tensor:
+    steps = ratio + zero
+    return (steps if offset is None else steps.add_(offset)).round_()
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """scale · (clamp(round(W / scale + z)) − z), on the signed range, with straight-through gradients written out.
+    """scale · (clamp(round(W / scale + z + v)) − z), on the signed range, with straight-through gradients written out.
 
     The plain form builds a dozen tensors of the weight's size, this one only its results. The gradients are those of
     rounding straight-through and of the clamp after it. With m = 1 where nothing was clamped, and n = codes − z:
 
-        ∂/∂W = m      ∂/∂scale = n − m · W / scale      ∂/∂z = (m − 1) · scale
+        ∂/∂W = m      ∂/∂scale = n − m · W / scale      ∂/∂z = (m − 1) · scale      ∂/∂v = m · scale
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, zero: Tensor, middle: int) -> Tensor:
-        ctx.save_for_backward(weight, scale, zero)
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        offset: Tensor | None,
+        middle: int,
+        dtype: torch.dtype | None,
+    ) -> Tensor:
+        ctx.save_for_backward(weight, scale, zero, offset)
         ctx.middle = middle
-        result = torch.empty_like(weight)
+        result = torch.empty_like(weight, dtype=dtype)
         for rows in row_pieces(weight):
-            codes = _rounded(weight[rows], scale[rows], zero[rows]).clamp_(-middle, middle - 1)
+            moved = None if offset is None else offset[rows]
+            codes = _rounded(weight[rows] / scale[rows], zero[rows], moved).clamp_(-middle, middle - 1)
             torch.mul(codes.sub_(zero[rows]), scale[rows], out=result[rows])
         return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        weight, scale, zero = ctx.saved_tensors
-        passed = torch.empty_like(weight)
-        by_scale, by_zero = (torch.empty_like(scale) if needed else None for needed in ctx.needs_input_grad[1:3])
+        weight, scale, zero, offset = ctx.saved_tensors
+        sources = (weight, scale, zero, offset)
+        needed = ctx.needs_input_grad
+        by_weight, by_scale, by_zero, by_offset = (
+            torch.empty_like(source) if wanted else None for source, wanted in zip(sources, needed, strict=False)
+        )
         for rows in row_pieces(weight):
-            gradient, values, size, offset = gradients[0][rows], weight[rows], scale[rows], zero[rows]
-            steps = _rounded(values, size, offset)
+            gradient, size, zeros = gradients[0][rows].to(weight.dtype), scale[rows], zero[rows]
+            ratio = weight[rows] / size
+            steps = _rounded(ratio, zeros, None if offset is None else offset[rows])
             codes = steps.clamp(-ctx.middle, ctx.middle - 1)
-            torch.mul(gradient, codes == steps, out=passed[rows])
-            if by_scale is not None:
-                clamped = (passed[rows] * values).sum(-1, keepdim=True) / size
-                by_scale[rows] = (gradient * codes.sub_(offset)).sum(-1, keepdim=True) - clamped
+            passed = steps.eq_(codes).mul_(gradient)
+            if by_weight is not None:
+                by_weight[rows] = passed
+            if by_offset is not None:
+                torch.mul(passed, size, out=by_offset[rows])
             if by_zero is not None:
-                by_zero[rows] = (passed[rows].sum(-1, keepdim=True) - gradient.sum(-1, keepdim=True)) * size
-        return passed, by_scale, by_zero, None
+                by_zero[rows] = (passed.sum(-1, keepdim=True) - gradient.sum(-1, keepdim=True)) * size
+            if by_scale is not None:
+                stretched = codes.sub_(zeros).mul_(gradient).sum(-1, keepdim=True)
+                by_scale[rows] = stretched - ratio.mul_(passed).sum(-1, keepdim=True)
+        return by_weight, by_scale, by_zero, by_offset, None, None
 
 
 def fake_quantize(
-    weight: Float[Tensor, "out in"], scale: Float[Tensor, "out groups"], zero: Float[Tensor, "out groups"], grid: Grid
+    weight: Float[Tensor, "out in"],
+    scale: Float[Tensor, "out groups"],
+    zero: Float[Tensor, "out groups"],
+    grid: Grid,
+    offset: Float[Tensor, "out in"] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "out in"]:
-    """W_hat, differentiable in the weight, the scale and the zero point (rounding straight-through)."""
+    """W_hat, differentiable in the weight, the scale, the zero point and the offset (rounding straight-through).
+
+    `offset`: added before rounding, in steps (SignRound, equation 3). `dtype`: what W_hat is rounded to; None: the weight's.
+    """
     grouped = weight.view(*scale.shape, -1)
     signed = (zero - grid.middle).unsqueeze(-1)
-    return _FakeQuantize.apply(grouped, scale.unsqueeze(-1), signed, grid.middle).view_as(weight)
+    moved = None if offset is None else offset.view_as(grouped)
+    return _FakeQuantize.apply(grouped, scale.unsqueeze(-1), signed, moved, grid.middle, dtype).view_as(weight)
 
 
 @torch.no_grad()
@@ -191,13 +218,15 @@ def quantize(
     zero: Float[Tensor, "out groups"],
     grid: Grid,
     scale_dtype: torch.dtype,
+    offset: Float[Tensor, "out in"] | None = None,
 ) -> QuantizedWeight:
     """The codes that `fake_quantize` stands for."""
-    grouped, size, offset = weight.view(*scale.shape, -1), scale.unsqueeze(-1), (zero - grid.middle).unsqueeze(-1)
+    grouped, size, zeros = weight.view(*scale.shape, -1), scale.unsqueeze(-1), (zero - grid.middle).unsqueeze(-1)
+    moved = None if offset is None else offset.view_as(grouped)
     codes = torch.empty(grouped.shape, dtype=torch.uint8, device=weight.device)
     for rows in row_pieces(grouped):
-        signed = _rounded(grouped[rows], size[rows], offset[rows]).clamp_(-grid.middle, grid.middle - 1)
-        codes[rows] = signed.add_(grid.middle)
+        signed = _rounded(grouped[rows] / size[rows], zeros[rows], None if moved is None else moved[rows])
+        codes[rows] = signed.clamp_(-grid.middle, grid.middle - 1).add_(grid.middle)
     return QuantizedWeight(codes.view_as(weight), scale.to(scale_dtype), zero.to(torch.uint8))
 
 

@@ -93,11 +93,6 @@ class LearnedRounding(nn.Module):
         self.largest = largest
         self.offset = nn.Parameter(torch.zeros_like(weight))
 
-    def forward(self, weight: Float[Tensor, "out in"], scale: Float[Tensor, "out groups"]) -> Float[Tensor, "out in"]:
-        # W + scale · offset, and then W / scale + offset in the grid: the scale's gradient through the offset cancels.
-        grouped = self.offset.view(*scale.shape, -1) * scale.unsqueeze(-1)
-        return weight + grouped.view_as(weight)
-
     @property
     def bounds(self) -> tuple[float, float]:
         """What its parameters are put back into after a step."""
@@ -191,8 +186,11 @@ class QuantizedLinear(nn.Module):
             low, high = self._range(followed)
             if self.clipping is not None:
                 low, high = self.clipping(low, high)
-            scale, zero = grid_parameters(low, high, self.grid, self.scale_dtype)
-            return (weight if self.rounding is None else self.rounding(weight, scale)), scale, zero
+            return weight, *grid_parameters(low, high, self.grid, self.scale_dtype)
+
+    @property
+    def _offset(self) -> Tensor | None:
+        return None if self.rounding is None else self.rounding.offset
 
     @torch.no_grad()
     def begin_clipping(self, importance: Float[Tensor, " in"] | None) -> None:
@@ -212,8 +210,10 @@ class QuantizedLinear(nn.Module):
         return self._product(x)
 
     def _product(self, x: Tensor) -> Tensor:
-        weight, scale, zero = self.transformed()
-        return functional.linear(x, fake_quantize(weight, scale, zero, self.grid), self.bias)
+        kind = self.weight.device.type
+        # Autocast would round W_hat to its dtype in a further pass over it, and widen its gradient in another.
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return functional.linear(x, fake_quantize(*self.transformed(), self.grid, self._offset, dtype), self.bias)
 
     @torch.no_grad()
     def present_grid(self) -> tuple[Float[Tensor, "out groups"], UInt8[Tensor, "out groups"]]:
@@ -224,5 +224,4 @@ class QuantizedLinear(nn.Module):
     @torch.no_grad()
     def quantized(self) -> QuantizedWeight:
         """The codes that stand for the present parameters."""
-        weight, scale, zero = self.transformed()
-        return quantize(weight, scale, zero, self.grid, self.scale_dtype)
+        return quantize(*self.transformed(), self.grid, self.scale_dtype, self._offset)

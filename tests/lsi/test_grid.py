@@ -243,6 +243,32 @@ def test_zero_point_gradient_is_that_of_the_smooth_part() -> None:
     assert_close(gradient, -case.scale * outside)
 
 
+def test_an_offset_is_added_in_steps_and_its_gradient_is_the_weights_times_the_scale() -> None:
+    """round(W / scale + offset) is what round((W + scale · offset) / scale) would be, with the same gradients."""
+    case = Case()
+    offset = normal(3, 8, seed=14, dtype=torch.float64).clamp(-0.5, 0.5).requires_grad_()
+    parts = [tensor.clone().requires_grad_() for tensor in (case.weight, case.scale, case.zero)]
+    together = fake_quantize(*parts, case.grid, offset)
+    moved = parts[0] + (parts[1].unsqueeze(-1) * offset.view(3, 2, 4)).view(3, 8)
+    apart = fake_quantize(moved, *parts[1:], case.grid)
+    assert_close(together, apart)
+    for fused, plain in zip(
+        torch.autograd.grad((together * case.out).sum(), [*parts, offset]),
+        torch.autograd.grad((apart * case.out).sum(), [*parts, offset]),
+        strict=True,
+    ):
+        assert_close(fused, plain)
+
+
+def test_w_hat_in_another_dtype_is_rounded_once_and_its_gradient_widened() -> None:
+    weight, grid = normal(4, 16).requires_grad_(), Grid(3, 8, symmetric=False)
+    scale, zero = grid_parameters(*group_range(weight.detach().view(4, 2, 8)), grid, torch.float32)
+    wide, narrow = (fake_quantize(weight, scale, zero, grid, dtype=dtype) for dtype in (None, torch.bfloat16))
+    assert_same(narrow, wide.bfloat16())
+    out = normal(4, 16, seed=3).bfloat16()
+    assert_same(torch.autograd.grad(narrow, weight, out)[0], torch.autograd.grad(wide, weight, out.float())[0])
+
+
 @pytest.mark.parametrize("side", ["low", "high"])
 @SYMMETRIC
 def test_range_gradient_passes_both_roundings(symmetric: bool, side: str) -> None:
