@@ -205,15 +205,15 @@ class MemoryPlan:
         narrow = widened > size_of_factors(*shape, self.increment)
         return math.prod(shape) * (4 + self.engine.products) + widened * narrow
 
-    def making(self, shape: tuple[int, int]) -> float:
-        """What is made of a linear at once until there are its codes, or its gradients."""
+    def making(self, shape: tuple[int, int], *, training: bool = True) -> float:
+        """What is made of a linear at once until there are its codes, or in training its gradients."""
         out, width = shape
         whole, rank = 4.0 * out * width, self._rank(shape) if self._factored() else 0
         left, right = 4.0 * out * rank, 4.0 * width * rank
         matrices = 3 if self.increment.kind != "none" else 2
         matrices += self.config.method.rounding == "learned"
         # Where an equivalent transformation is trained, the range follows it by the difference of two more.
-        matrices += 2 * bool(self.config.method.equivalence)
+        matrices += 2 * (training and bool(self.config.method.equivalence))
         return max(matrices * whole + left + right, whole + left + 3 * right)
 
     def backward(self) -> dict[str, float]:
@@ -226,7 +226,7 @@ class MemoryPlan:
         for shape in reversed(self.shape.linears):
             made = self.making(shape)
             if not self._recomputes(shape):
-                made = 4.0 * math.prod(shape) * (1 if engine.products == 4 else 1.5)
+                made = 4.0 * math.prod(shape)  # W' and W_hat are among what is kept
             now = {"gradients": gradients, "kept between the passes": kept, "one linear": made}
             if sum(now.values()) > sum(fullest.values()):
                 fullest = now
@@ -387,7 +387,11 @@ class MemoryPlan:
         moments.add("the optimizer's update", update | {"its temporaries": self._temporaries()}, cache)
         result, after = self.result_size(), self.state(steps_done=True, best=several)
         codes = {"codes of the result": result, "transformed weights": self._transformed(training=False)}
-        moments.add("codes of the result", after | codes | {"one linear": self.making(self.shape.largest)}, cache)
+        moments.add(
+            "codes of the result",
+            after | codes | {"one linear": self.making(self.shape.largest, training=False)},
+            cache,
+        )
         measured = {"codes of the result": result, "the block as it is loaded": self.block}
         moments.add("measuring", after | measured | {"activations": chunk * passing}, cache | self._writing())
         if several:

@@ -54,6 +54,8 @@ CASES: dict[str, tuple[Any, int, dict[str, Any], dict[str, Any]]] = {
     "long": (LLAMA, 512, RANKED, {**AGAIN, "dtype": "bfloat16"}),
     "long, one by one": (LLAMA, 512, RANKED, {**AGAIN, "micro_batch": 1}),
     "long, parts again": (LLAMA, 512, RANKED, {**AGAIN, "checkpoint": True}),
+    "rounding": (LLAMA, 64, {"increment": "none", "rounding": "learned"}, AGAIN),
+    "narrow, all kept": (LLAMA, 64, RANKED, {"dtype": "bfloat16"}),
     "equivalence": (LLAMA, 64, {**RANKED, "equivalence": "auto"}, AGAIN),
     "not gated": (OPT, 512, RANKED, AGAIN),
 }
@@ -62,7 +64,7 @@ CASES: dict[str, tuple[Any, int, dict[str, Any], dict[str, Any]]] = {
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Elementwise passes go in pieces that are small beside a weight, as they are at the sizes that matter."""
-    monkeypatch.setitem(grid.PIECE, "cpu", 1 << 12)
+    monkeypatch.setitem(grid.PIECE, "cpu", 1 << 14)
 
 
 def given(length: int = 64, **sections: Any) -> RunConfig:
