@@ -14,7 +14,8 @@ import torch
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
-from pipeline.memory_plan import GIB, Engine, MemoryPlan, Peak, Place, UnitPeaks, worker_peak
+from pipeline.memory_plan import GIB, MemoryPlan, Peak, Place, UnitPeaks, worker_peak
+from pipeline.memory_terms import Engine
 from pipeline.plan_shapes import BlockShape
 
 Device = Literal["cpu", "cuda"]
