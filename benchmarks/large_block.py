@@ -27,6 +27,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from pipeline.config import parse_config
+from pipeline.plan import Workers, plan
 from pipeline.skeleton import make_skeleton, tensor_names
 from pipeline.store import Store, open_store
 from pipeline.tensors import Layout, write_lazily
@@ -99,6 +101,13 @@ def write_model(store: Store, folder: Path, config: LlamaConfig) -> None:
 
 def configuration(arguments: argparse.Namespace, model: Path, run: Path) -> dict[str, Any]:
     """A run of few steps on short sequences, with one actor."""
+    # Only what was asked for: a value that is given is one that a plan leaves alone.
+    compute = {
+        "engine": arguments.engine,
+        "threads": arguments.threads,
+        "micro_batch": arguments.micro_batch,
+        "recompute": arguments.recompute,
+    }
     return {
         "model": {"source": str(model)},
         "data": {
@@ -108,8 +117,8 @@ def configuration(arguments: argparse.Namespace, model: Path, run: Path) -> dict
         },
         "scheme": {"bits": 3, "group_size": 128},
         "method": {"increment": arguments.increment, "rank": arguments.rank},
-        "optimizer": {"epochs": arguments.epochs, "batch_size": 2},
-        "compute": {"threads": arguments.threads},
+        "optimizer": {"epochs": arguments.epochs, "batch_size": arguments.batch},
+        "compute": {key: value for key, value in compute.items() if value is not None},
         "cluster": {"workers": 1, "cpus_per_worker": 1, "commit_every_seconds": 100_000, "deadline_seconds": 900},
         "storage": {"run": str(run), "chunk_samples": arguments.samples},
         "evaluation": {
@@ -146,21 +155,29 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(model)
     write_model(open_store(str(model)), model, llama(arguments.blocks, arguments.scale, len(tokenizer)))
+    tree = configuration(arguments, model, run)
+    memory = plan(parse_config(tree), Workers(1))["memory"]
     path = scratch / "run.yaml"
-    path.write_text(yaml.safe_dump(configuration(arguments, model, run)))
+    path.write_text(yaml.safe_dump(tree))
     command = [sys.executable, "-m", "pipeline.cli", "quantize", str(path)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent.parent)
     result = json.loads((run / "result.json").read_text())
     progress = json.loads((run / "progress.json").read_text())
-    peaks = {name: round(peak / 1024, 2) for name, peak in result["peak_rss_mib"].items()}
+    peaks = {name: gib(peak * 2**20) for name, peak in result["peak_rss_mib"].items()}
     return {
         "peak_rss_gib": max(peaks.values()),
-        "planned_gib": None,
+        "planned_gib": gib(max(memory["worker"]["host"], memory["driver"])),
         "seconds": phase_seconds(progress) | {"start and inspect": result["seconds"]["start_and_inspect"]},
         "peaks_by_process_gib": peaks,
+        "planned_by_process_gib": {"driver": gib(memory["driver"]), "worker-0": gib(memory["worker"]["host"])},
         "peaks_by_phase_gib": unit_peaks(progress),
+        "planned_by_phase_gib": {stage: gib(unit["host"]["bytes"]) for stage, unit in memory["units"].items()},
         "settings": {name: value for name, value in vars(arguments).items() if name not in ("json", "scratch")},
     }
+
+
+def gib(size: float) -> float:
+    return round(size / 2**30, 2)
 
 
 def main() -> None:
@@ -168,15 +185,20 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--increment", choices=["diagonal", "dense"], default="diagonal")
     parser.add_argument("--rank", type=int, help="leading singular values; default: all")
-    parser.add_argument("--engine", choices=["torch"], default="torch")
+    parser.add_argument("--engine", choices=["torch", "deepspeed"], default="torch")
     parser.add_argument("--scale", type=int, default=1, help="divide every width by this")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=2, help="sequences a step")
+    parser.add_argument("--micro-batch", type=int, help="sequences at once within a step")
+    parser.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=None)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--scratch", help="a folder with room for the model and the run")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     arguments = parser.parse_args()
+    if arguments.scratch and not Path(arguments.scratch).is_dir():
+        parser.error(f"--scratch {arguments.scratch}: there is no such folder; make it, on a disk with room")
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         row = measure(arguments, Path(scratch))
     print(json.dumps(row, indent=1))

@@ -239,7 +239,13 @@ def nearest_range(
 ) -> Float[Tensor, "out groups"]:
     """The factor from SHRINKING that leaves each group nearest to its weights when its range is shrunk by it; `importance`
     says what an input channel's squared error counts, all the same without."""
-    weight = weight.float()
+    best = torch.empty(len(weight), grid.groups(weight.shape[1]), device=weight.device)
+    for rows in row_pieces(weight):
+        best[rows] = _nearest_range(weight[rows].float(), grid, scale_dtype, importance)
+    return best
+
+
+def _nearest_range(weight: Tensor, grid: Grid, scale_dtype: torch.dtype, importance: Tensor | None) -> Tensor:
     grouped = weight.view(weight.shape[0], grid.groups(weight.shape[1]), -1)
     low, high = group_range(grouped)
     best, least = torch.ones_like(low), torch.full_like(low, torch.inf)

@@ -67,11 +67,13 @@ def products_in(dtype: torch.dtype | None, device: torch.device) -> AbstractCont
 def freeze(block: nn.Module, products: torch.dtype | None) -> nn.Module:
     """The block, changed in place, for gradients to pass through: weights of linears in the products' dtype (None:
     float32), all else in float32 like the hidden states of a training step."""
-    block.float().requires_grad_(False)
     for module in block.modules():
-        if isinstance(module, nn.Linear) and products is not None:
-            module.to(products)
-    return block
+        # One by one, and none by way of float32: the whole block widened would be twice its size.
+        wanted = products if products is not None and isinstance(module, nn.Linear) else torch.float32
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(wanted)
+    return block.requires_grad_(False)
 
 
 @dataclass(frozen=True)

@@ -182,6 +182,7 @@ class Reconstruction:
         """Whether the linears' weights are not on a grid already."""
         return all(linear.start is None for linear in self.linears.values())
 
+    @torch.no_grad()
     def begin_clipping(self, batches: Batches) -> None:
         """Let the clipping begin where it changes the linears' outputs least on batches of (inputs, further arguments)."""
 
@@ -244,11 +245,13 @@ class Reconstruction:
         with products_in(self.method.autocast, inputs.device):
             return run_block(self.block, inputs, arguments)
 
+    @torch.no_grad()
     def quantized(self) -> dict[str, QuantizedWeight]:
         """Codes, scales and zero points of the present parameters, by linear name."""
         few = set(self.untrained_experts())
         return self._within(lambda: {n: self._quantized(n, clip=self.experts.get(n) in few) for n in self.linears})
 
+    @torch.no_grad()
     def grids(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Scales and zero points of the present parameters, by linear name."""
         return self._within(lambda: {name: self._grid(name) for name in self.linears})

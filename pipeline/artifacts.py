@@ -13,17 +13,18 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from pipeline.store import Buffer, DamagedObjectError, Data, Store, iter_pieces
-from pipeline.tensors import deserialize, serialize
+from pipeline.tensors import TensorFileError, deserialize, gather, read_pieces, serialize
 
+T = TypeVar("T")
 RECORD = "commit.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _TOKEN = re.compile(r"[0-9a-f]{16}")
@@ -211,38 +212,77 @@ def read_record(store: Store, artifact: Artifact) -> Record | None:
 
 def read_file(store: Store, artifact: Artifact, name: str, record: Record | None = None) -> bytes:
     """One file, verified. Raises CorruptArtifactError if it is not there or not what was committed."""
+    return _committed(store, artifact, name, record, _whole)
+
+
+def read_tensors(store: Store, artifact: Artifact, name: str) -> dict[str, Tensor]:
+    """One safetensors file, verified, in memory once. Raises CorruptArtifactError."""
+    return _committed(store, artifact, name, None, _tensors)
+
+
+# Reads an object that should have a size: what it holds (None if it is no such thing), its bytes, and their sha256.
+Reader = Callable[[Store, str, int], tuple[T | None, int, str]]
+# A state or a result is gigabytes; so much of it at once is read beside its tensors.
+PIECE = 1 << 26
+
+
+def _whole(store: Store, key: str, size: int) -> tuple[bytes, int, str]:
+    data = store.get(key)
+    return data, len(data), hashlib.sha256(data).hexdigest()
+
+
+def _tensors(store: Store, key: str, size: int) -> tuple[dict[str, Tensor] | None, int, str]:
+    try:
+        return _in_pieces(store, key) if size > PIECE else _at_once(store, key, size)
+    except (EOFError, TensorFileError):
+        return None, store.size(key), ""
+
+
+def _at_once(store: Store, key: str, size: int) -> tuple[dict[str, Tensor], int, str]:
+    data, found, checksum = _whole(store, key, size)
+    return deserialize(data), found, checksum
+
+
+def _in_pieces(store: Store, key: str) -> tuple[dict[str, Tensor], int, str]:
+    size = store.size(key)
+    hasher = hashlib.sha256()
+
+    def hashed() -> Iterator[tuple[int, bytes]]:
+        for start, data in read_pieces(store, key, size, PIECE):
+            hasher.update(data)
+            yield start, data
+
+    return gather(hashed(), size), size, hasher.hexdigest()
+
+
+def _committed(store: Store, artifact: Artifact, name: str, record: Record | None, read: Reader[T]) -> T:
     if record is not None:
-        return _read_committed(store, artifact, name, record)
+        return _read_committed(store, artifact, name, record, read)
     known = _known.get((store.url, artifact.path))
     if known is not None and known.key.startswith(artifact.key):
         # What is not as it was remembered may have been redone since.
         with suppress(CorruptArtifactError):
-            return _read_committed(store, artifact, name, known)
+            return _read_committed(store, artifact, name, known, read)
         _known.pop((store.url, artifact.path), None)
     record = read_record(store, artifact)
     if record is None:
         raise CorruptArtifactError(artifact, f"{name} is not committed")
-    return _read_committed(store, artifact, name, record)
+    return _read_committed(store, artifact, name, record, read)
 
 
-def _read_committed(store: Store, artifact: Artifact, name: str, record: Record) -> bytes:
+def _read_committed(store: Store, artifact: Artifact, name: str, record: Record, read: Reader[T]) -> T:
     if name not in record.files:
         raise CorruptArtifactError(artifact, f"{name} is not committed")
     size, checksum, token = record.files[name]
     try:
-        data = store.get(f"{artifact.path}/{token}/{name}")
+        found, length, now = read(store, f"{artifact.path}/{token}/{name}", size)
     except FileNotFoundError as error:
         raise CorruptArtifactError(artifact, f"{name} is missing though it was committed") from error
     except DamagedObjectError as error:
         raise CorruptArtifactError(artifact, str(error)) from error
-    if len(data) != size or hashlib.sha256(data).hexdigest() != checksum:
-        raise CorruptArtifactError(artifact, f"{name} has {len(data)} bytes that differ from the {size} committed ones")
-    return data
-
-
-def read_tensors(store: Store, artifact: Artifact, name: str) -> dict[str, Tensor]:
-    """One safetensors file, verified."""
-    return deserialize(read_file(store, artifact, name))
+    if found is None or length != size or now != checksum:
+        raise CorruptArtifactError(artifact, f"{name} has {length} bytes that differ from the {size} committed ones")
+    return found
 
 
 def check_sizes(store: Store, artifact: Artifact, record: Record) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -209,13 +209,33 @@ def pack_state(trained: Trained, best: Best | None) -> dict[str, Tensor]:
 
 
 def unpack_state(
-    worker: Worker, block: int, tensors: Mapping[str, Tensor], best: dict[str, Any] | None
+    worker: Worker, block: int, tensors: dict[str, Tensor], best: dict[str, Any] | None
 ) -> tuple[Trained, Best | None]:
-    """The inverse of `pack_state`; `best` is what `Best.meta` gave."""
+    """The inverse of `pack_state`; `best` is what `Best.meta` gave. Takes the state out of `tensors`, and lets go of it."""
     reconstruction, grids = _reconstruction(worker, block), under("grid/", tensors)
     began = {name: (grids[f"{name}/scale"], grids[f"{name}/zero"]) for name in reconstruction.linears}
-    reconstruction.import_state(under("state/", tensors))
+    names = [name for name in tensors if name.startswith("state/")]
+    reconstruction.import_state(Once({name.removeprefix("state/"): tensors.pop(name) for name in names}))
     return Trained(reconstruction, began), Best.unpack(best, tensors)
+
+
+class Once(Mapping[str, Tensor]):
+    """Hands out every tensor once and forgets it: what was read is not there beside all that is made of it."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors.pop(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

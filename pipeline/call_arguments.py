@@ -20,14 +20,14 @@ def call_arguments(
     skeleton: Skeleton, source: ModelSource, sequence_length: int, dtype: torch.dtype, device: str = "cpu"
 ) -> list[Arguments]:
     """The arguments of each block, for any batch of whole sequences of this length."""
-    found = [_made_up(skeleton, sequence_length, dtype, device, slope) for slope in (0.0, 1.0)]
+    found = [made_up_arguments(skeleton, sequence_length, dtype, device, slope) for slope in (0.0, 1.0)]
     if same(*found) and not _stored_buffers(skeleton):
         return found[0]
     return load_surroundings(skeleton, source, dtype, device).arguments(sequence_length)
 
 
-def _made_up(
-    skeleton: Skeleton, sequence_length: int, dtype: torch.dtype, device: str, slope: float
+def made_up_arguments(
+    skeleton: Skeleton, sequence_length: int, dtype: torch.dtype, device: str, slope: float = 1.0
 ) -> list[Arguments]:
     """The arguments under weights of which every row is the same one, in memory only once."""
 

@@ -349,25 +349,53 @@ def show_status(read: Callable[[], dict[str, Any]], as_json: bool, every: float 
             live.update(status_view(found), refresh=True)
 
 
-@app.command()
-def plan(
+@app.command("plan")
+def plan_run(
     config: ConfigArgument,
     overrides: SetOption = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Workers to reckon the storage for; default: cluster.workers, or 1.")
+        int | None, typer.Option(min=1, help="Workers to reckon for; default: cluster.workers, or 1.")
     ] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Host memory of each worker, e.g. 64GiB; default: no limit.")
+    ] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory of each worker's GPU, e.g. 80GiB; default: no limit.")
+    ] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Of one worker for one hour, for the total.")] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Take the speed from a few steps here, on a block of random weights.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Units, optimizer steps and bytes of storage, before any work; reads the model's headers, not its weights."""
+    """Memory, storage, time and money of a run before any work; the model's config.json is enough.
+
+    Peaks of host and device memory for every kind of unit, what of the
+    configuration a worker's memory asks to change and why, what storage holds
+    at most at one time, optimizer steps, and a range of time and money. Ends
+    with 2 where a unit fits no worker, and says what would make it fit.
+    """
     _quiet_libraries()
     from pipeline.config import load_config
-    from pipeline.estimate import estimate, estimate_lines
+    from pipeline.estimate import estimate_lines
+    from pipeline.plan import Limits, Workers, parse_size, plan
+    from pipeline.plan_view import plan_lines
 
     try:
-        found = estimate(load_config(config, overrides or []), workers)
+        given = load_config(config, overrides or [])
+        limits = Limits(
+            None if memory is None else parse_size(memory, "--memory"),
+            None if gpu_memory is None else parse_size(gpu_memory, "--gpu-memory"),
+        )
+        speed = None
+        if calibrate:
+            from pipeline.calibrate import calibrated
+
+            speed = calibrated(given)
+        found = plan(given, Workers(workers, limits, price), speed)
     except UserError as error:
         fail(str(error), REFUSED)
-    print(json.dumps(found) if as_json else "\n".join(estimate_lines(found)))
+    print(json.dumps(found) if as_json else "\n".join([*estimate_lines(found), *plan_lines(found)]))
 
 
 @app.command()

@@ -250,6 +250,11 @@ class ClusterConfig(Section):
     cpu_workers: int = Field(0, ge=0, description="further actors without a GPU, for the merge")
     cpus_per_worker: float = Field(1, gt=0)
     gpus_per_worker: float = Field(0, ge=0, description="a part of one counts")
+    memory_gib: float | None = Field(
+        None,
+        gt=0,
+        description="host memory of each worker, which Ray sets aside; null: not asked for (where Ray is started here, this machine's)",
+    )
     deadline_seconds: float = Field(60, ge=2, description="an actor that does not answer for so long is lost")
     dashboard: bool = Field(False, description="start Ray's dashboard, on 127.0.0.1; needs ray[default]")
     max_attempts: int = Field(

@@ -18,6 +18,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from lsi.factors import ITERATIONS, LARGEST_PART, MANY, SMALL
+from lsi.increment import Increment
 from pipeline.artifacts import Artifact
 from pipeline.block_state import steps_per_epoch
 from pipeline.capture import CaptureTask, EmbedTask
@@ -28,6 +30,8 @@ from pipeline.merge import MergeTask
 from pipeline.optimize import TrainTask
 
 _FAKE_QUANTIZATION = 160  # ten passes forward and ten backward, each reading and writing four bytes
+_SEARCH = 21 * 60  # ranges that are tried; rounding and the error's sum are a few passes over what stays in a cache
+_CODES = 40
 _DENSE = 100  # AdamW: four tensors read and three written in several kernels, and the check for finite gradients
 
 
@@ -50,10 +54,12 @@ class Shape:
 
 @dataclass(frozen=True)
 class Device:
-    """What a worker achieves: floating point operations a second in products, bytes a second in elementwise work."""
+    """What a worker achieves: floating point operations a second in products, bytes a second in elementwise work, and what
+    part of the products' speed decompositions come to (on one thread a quarter was measured)."""
 
     flops: float
     memory: float = math.inf
+    decompositions: float = 0.25
 
 
 @dataclass(frozen=True)
@@ -139,12 +145,36 @@ class Costs:
         increment = config.method.increments
         every_weight = config.method.rounding == "learned" or (increment.kind == "dense" and increment.rank is None)
         ranks = (out * width * (increment.rank or min(out, width)) for out, width in self.shape.linears)
-        factors = sum(ranks) if increment.kind in ("diagonal", "corner", "band") or increment.rank else 0
+        factors = sum(ranks) if factored(increment) else 0
         memory = self.shape.weights * (_FAKE_QUANTIZATION + _DENSE * every_weight)
         passes = 3 + 2 * ahead + self._own_passes()
         return passes * self._pass(config.data.samples) + steps * (
             4.0 * factors / self.device.flops + memory / self.device.memory
         )
+
+    def step(self) -> float:
+        """Seconds of one of these steps, with a whole batch and nothing beside the block."""
+        return self.epoch() / steps_per_epoch(self.config)
+
+    def beginning(self) -> float:
+        """Seconds until a block can be stepped: its factors, where its clipping begins."""
+        config, shape = self.config, self.shape
+        increment, device = config.method.increments, self.device
+        work = sum(factor_work(*linear, increment.rank) for linear in shape.linears) if factored(increment) else 0.0
+        searches = config.method.clipping != "none" and config.method.clipping_start == "search"
+        return work / (device.flops * device.decompositions) + searches * shape.weights * _SEARCH / device.memory
+
+    def codes_of_a_state(self) -> float:
+        """Seconds for the codes of all linears."""
+        increment, shape = self.config.method.increments, self.shape
+        ranks = (out * width * (increment.rank or min(out, width)) for out, width in shape.linears)
+        products = 2.0 * sum(ranks) if factored(increment) else 0.0
+        return products / self.device.flops + shape.weights * _CODES / self.device.memory
+
+    def factor_bytes(self) -> float:
+        """Of all factors of a block; they are kept."""
+        increment = self.config.method.increments
+        return sum(size_of_factors(*linear, increment) for linear in self.shape.linears)
 
     def _own_passes(self) -> int:
         """Of the full-precision block on the quantized stream, in each pass over the samples."""
@@ -174,6 +204,9 @@ class Costs:
             writes.append((task.state.path, self.state_bytes(compared)))
         if task.quantized:
             writes.append((task.quantized.path, self.codes))
+        begins = task.previous is None
+        if begins and self.config.storage.factors is None and (factors := self.factor_bytes()):
+            writes.append((f"factors/{task.block}", factors))
         before = compared and task.comparison != "begins"
         previous = Read(task.previous.path, self.state_bytes(before)) if task.previous else None
         chunks = [*enumerate(task.inputs), *enumerate(task.targets)]
@@ -182,7 +215,10 @@ class Costs:
             size = self._activations(self._samples(place))
             sizes[chunk.artifact.path] = sizes.get(chunk.artifact.path, 0.0) + size
         return Cost(
-            compute=self.epoch(task.ahead) + measures * measure + smooths * self._pass(self.config.data.samples),
+            compute=begins * self.beginning()
+            + self.epoch(task.ahead)
+            + measures * (measure + self.codes_of_a_state())
+            + smooths * self._pass(self.config.data.samples),
             block=task.block,
             weights=(1 + task.ahead) * self.block_bytes,
             state=previous,
@@ -219,6 +255,31 @@ class Costs:
             writes=() if last else ((task.out.path, float(config.windows * window)),),
             releases=True,
         )
+
+
+def factored(increment: Increment) -> bool:
+    """Whether M lies between factors."""
+    return increment.kind != "none" and not (increment.kind == "dense" and increment.rank is None)
+
+
+def size_of_factors(out: int, width: int, increment: Increment) -> float:
+    """Bytes of U and Vh of one weight."""
+    if not factored(increment):
+        return 0.0
+    itemsize = increment.factors.itemsize if increment.factors else (2 if out * width >= MANY else 4)
+    return float((out + width) * min(increment.rank or out, out, width) * itemsize)
+
+
+def factor_work(out: int, width: int, rank: int | None) -> float:
+    """Operations for the factors of one weight, as `lsi.factors` finds them. A whole decomposition of m × n takes about
+    14·m·n² + 8·n³ (Golub and Van Loan, section 8.6)."""
+    small, large = min(out, width), max(out, width)
+    if rank is None or small <= SMALL or rank > LARGEST_PART * small:
+        return 14.0 * large * small**2 + 8.0 * small**3
+    size = rank + max(16, rank // 8)
+    products = 2.0 * out * width * size * (2 + 2 * ITERATIONS)
+    bases = 4.0 * size**2 * (out * (1 + ITERATIONS) + width * ITERATIONS)
+    return products + bases + 14.0 * width * size**2 + 8.0 * size**3
 
 
 def trained_numbers(config: RunConfig, shape: Shape) -> int:

@@ -1,9 +1,10 @@
-"""What a run will take, before any work: from the configuration and the model's headers, without its weights."""
+"""What a run will take, before any work: from the configuration and the model's config.json, without its weights."""
 
 from __future__ import annotations
 
 import math
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,17 @@ import torch
 
 from lsi.block import get_linear, linear_names
 from pipeline.block_state import steps_per_epoch
+from pipeline.checks import check_equivalence, check_look_ahead, check_purpose, check_scheme
 from pipeline.config import RunConfig
 from pipeline.costs import Costs, Device, Shape, placeholder_inputs
 from pipeline.errors import UserError
-from pipeline.graph import build_graph
+from pipeline.graph import Graph, Inputs, build_graph
 from pipeline.merge import plan_shards, scheme_layout, shards_with_blocks, unpublished
-from pipeline.model_source import DTYPES, locate, open_model
-from pipeline.prepare import check_equivalence, check_look_ahead, check_purpose, check_scheme
+from pipeline.model_source import DTYPES, INDEX, SINGLE, locate, open_model, parse_model_config, read_side_files
 from pipeline.presets import SECTIONS
-from pipeline.simulate import Network, simulate
+from pipeline.simulate import Network, Simulated, simulate
 from pipeline.skeleton import Skeleton, make_skeleton
-from pipeline.tensors import layout_bytes
+from pipeline.tensors import Layout, layout_bytes
 from pipeline.weights import block_tensors
 
 # Only the order of events matters here, and it hardly depends on this.
@@ -37,8 +38,14 @@ def open_skeleton(config: RunConfig) -> tuple[Skeleton, torch.dtype]:
             model_config = read_config(local_copy(config.model.source, config.storage.options, Path(scratch)))
         return make_skeleton(model_config), DTYPES.get(config.model.dtype, torch.bfloat16)
     trust = config.model.trust_remote_code
-    source = open_model(locate(config.model, config.storage.options), trust_remote_code=trust)
-    return make_skeleton(source.config, trust_remote_code=trust), source.dtype(config.model.dtype)
+    store = locate(config.model, config.storage.options)
+    files = read_side_files(store, code=trust)
+    if store.exists(SINGLE) or store.exists(INDEX):
+        source = open_model(store, trust_remote_code=trust)
+        return make_skeleton(source.config, trust_remote_code=trust), source.dtype(config.model.dtype)
+    found = parse_model_config(files, store.url, trust_remote_code=trust)
+    wanted = getattr(found, "dtype", None) or torch.bfloat16
+    return make_skeleton(found, trust_remote_code=trust), DTYPES.get(config.model.dtype, wanted)
 
 
 def shape_of(skeleton: Skeleton, config: RunConfig, dtype: torch.dtype) -> Shape:
@@ -61,12 +68,33 @@ def shape_of(skeleton: Skeleton, config: RunConfig, dtype: torch.dtype) -> Shape
     )
 
 
-def estimate(config: RunConfig, workers: int | None = None) -> dict[str, Any]:
-    """Units by stage, optimizer steps, bytes. Raises UserError for a configuration that cannot run.
+@dataclass(frozen=True)
+class Outline:
+    """A run that is checked and laid out, without weights and texts. `layout`: the checkpoint's tensors, none if none is published."""
 
-    The high-water mark is that of a simulated run on `workers` (default: the configuration's, or one) of assumed speed:
-    which activations are there at once depends on the schedule and on how many blocks are under way, hardly on the speed.
-    """
+    skeleton: Skeleton
+    dtype: torch.dtype
+    unpublished: str | None
+    layout: list[tuple[str, Layout]]
+    inputs: Inputs
+    graph: Graph
+    shape: Shape
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of the checkpoint."""
+        return sum(layout_bytes(sizes) for _, sizes in self.layout)
+
+    @property
+    def costs(self) -> Costs:
+        return self.costs_on(ASSUMED)
+
+    def costs_on(self, device: Device) -> Costs:
+        return Costs(self.inputs, self.shape, device, self.checkpoint)
+
+
+def outline(config: RunConfig) -> Outline:
+    """The run that a configuration asks for. Raises UserError for one that cannot run."""
     if config.finetune.blocks is not None:
         raise UserError(
             f"finetune.blocks {config.finetune.blocks}: lsi plan reckons what lsi quantize does, and no fine-tunes; leave section "
@@ -77,36 +105,55 @@ def estimate(config: RunConfig, workers: int | None = None) -> dict[str, Any]:
     check_equivalence(config, skeleton)
     check_look_ahead(config.method, skeleton)
     check_purpose(config, skeleton)
+    return lay_out(config, skeleton, dtype)
+
+
+def lay_out(config: RunConfig, skeleton: Skeleton, dtype: torch.dtype) -> Outline:
+    """The same of a model that is open, and checked."""
     reason = unpublished(config, skeleton)
     layout = [] if reason else scheme_layout(skeleton, config.scheme, dtype)
     shards = plan_shards(layout, config.outputs.max_shard_mib << 20)
-    shape = shape_of(skeleton, config, dtype)
-    blocks, checkpoint = len(skeleton), sum(layout_bytes(sizes) for _, sizes in layout)
-    inputs = placeholder_inputs(config, blocks, shards_with_blocks(shards, skeleton))
-    graph = build_graph(inputs)
+    inputs = placeholder_inputs(config, len(skeleton), shards_with_blocks(shards, skeleton))
+    return Outline(skeleton, dtype, reason, layout, inputs, build_graph(inputs), shape_of(skeleton, config, dtype))
+
+
+def simulated(found: Outline, workers: int, device: Device = ASSUMED) -> Simulated:
+    """The run in simulated time. Which activations are there at once depends on the schedule and on how many blocks are under
+    way, hardly on the speed."""
+    storage, costs = found.inputs.config.storage, found.costs_on(device)
+    return simulate(
+        found.graph,
+        {node.name: costs.of(node) for node in found.graph.nodes},
+        workers,
+        Network(cache=float(storage.cache_mib << 20)),
+        keeps_activations=storage.keep_activations,
+    )
+
+
+def estimate(config: RunConfig, workers: int | None = None, found: Outline | None = None) -> dict[str, Any]:
+    """Units by stage, optimizer steps, bytes. Raises UserError for a configuration that cannot run.
+
+    The high-water mark is that of a simulated run on `workers` (default: the configuration's, or one).
+    """
+    found = found or outline(config)
+    skeleton, dtype, shape, costs = found.skeleton, found.dtype, found.shape, found.costs
+    blocks = len(skeleton)
     units: dict[str, int] = {"inspect": blocks + 1}
-    for node in graph.nodes:
+    for node in found.graph.nodes:
         units[node.stage] = units.get(node.stage, 0) + 1
     steps = steps_per_epoch(config) * config.optimizer.epochs
     boundary = config.data.samples * config.data.sequence_length * skeleton.model.config.hidden_size * dtype.itemsize
-    costs = Costs(inputs, shape, ASSUMED, checkpoint)
-    simulated = simulate(
-        graph,
-        {node.name: costs.of(node) for node in graph.nodes},
-        workers or config.cluster.workers or 1,
-        Network(cache=float(config.storage.cache_mib << 20)),
-        keeps_activations=config.storage.keep_activations,
-    )
+    played = simulated(found, workers or config.cluster.workers or 1)
     return {
         "scheme": config.scheme.words,
-        "unpublished": reason,
+        "unpublished": found.unpublished,
         "preset": config.preset,
         **{name: getattr(config, name).model_dump(mode="json") for name in SECTIONS},
         "blocks": blocks,
         "units": units,
         "steps_per_block": steps,
         "steps": steps * blocks,
-        "workers": simulated.workers,
+        "workers": played.workers,
         "cache_mib": config.storage.cache_mib,
         "trained_per_block": costs.trained if config.optimizer.epochs else 0,
         "bytes": {
@@ -114,8 +161,9 @@ def estimate(config: RunConfig, workers: int | None = None) -> dict[str, Any]:
             "all_boundaries": boundary * (blocks + 1) if config.optimizer.epochs else 0,
             "one_block_state": costs.state_bytes(False) if config.optimizer.epochs else 0,
             "block_results": shape.weights * blocks,
-            "checkpoint": checkpoint,
-            "high_water": int(simulated.high_water),
+            "factors": int(costs.factor_bytes() * blocks) if config.optimizer.epochs else 0,
+            "checkpoint": found.checkpoint,
+            "high_water": int(played.high_water),
         },
     }
 
@@ -162,6 +210,7 @@ def estimate_lines(found: dict[str, Any]) -> list[str]:
         f"steps         {found['steps']} ({found['steps_per_block']} a block, {found['trained_per_block']} trained numbers in each)",
         f"activations   {size['one_boundary']} a block boundary, {size['all_boundaries']} if all are there at once",
         f"state         {size['one_block_state']} a block in training",
+        *([f"factors       {size['factors']}, kept for the next run"] if found["bytes"]["factors"] else []),
         f"results       {size['block_results']}",
         *(without if found["unpublished"] else [f"checkpoint    {size['checkpoint']}"]),
         f"storage       {size['high_water']} at most at one time, on {found['workers']} {'worker' if found['workers'] == 1 else 'workers'}",

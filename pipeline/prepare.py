@@ -14,26 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsi.block import get_linear, linear_names
-from lsi.experts import OpenedExperts
-from lsi.families import family_of, find_family
-from lsi.pairs import find_pairs
 from pipeline import finetune_plan
-from pipeline.activations import check_attention
 from pipeline.artifacts import Artifact, CorruptArtifactError, Writer, digest, discard, intact, read_file, read_record
 from pipeline.capture import TOKENS_FILE
-from pipeline.config import ComputeConfig, MethodConfig, RunConfig, SchemeConfig
+from pipeline.checks import check_equivalence, check_look_ahead, check_purpose, check_scheme
+from pipeline.config import ComputeConfig, RunConfig
 from pipeline.data import calibration_tokens, evaluation_tokens
 from pipeline.errors import UserError
+from pipeline.fit import check_fit
 from pipeline.gguf_import import import_gguf
 from pipeline.identity import Resolved, check_claim, claim, read_json, resolve, run_identity
 from pipeline.lease import Lease
-from pipeline.merge import CHECKPOINT_MANIFEST, CONFIG_FILE, unpublished
+from pipeline.merge import CHECKPOINT_MANIFEST, CONFIG_FILE
 from pipeline.model_source import DTYPES, ModelSource, locate, open_model
 from pipeline.packed_source import open_packed
 from pipeline.perplexity import take_windows
 from pipeline.reporter import Reporter
-from pipeline.skeleton import Skeleton, check_groups, check_tensors, make_skeleton
+from pipeline.skeleton import Skeleton, check_tensors, make_skeleton
 from pipeline.store import Store, absolute, open_store
 from pipeline.tensors import tensor_bytes
 from pipeline.worker import Context
@@ -95,81 +92,6 @@ def converted(config: RunConfig, store: Store, report: Reporter) -> Store:
     if not re.fullmatch(r"[0-9a-f]{16}", folder):
         raise UserError(f"{store.describe(artifact.path)}: its record is not one of this version; delete that folder")
     return store.child(f"{artifact.path}/{folder}")
-
-
-def check_scheme(config: RunConfig, skeleton: Skeleton) -> None:
-    """Refuse a scheme that does not fit the model."""
-    found = False
-    for index in range(len(skeleton)):
-        names = linear_names(skeleton.blocks[index], skeleton.block_prefix(index), config.scheme.skip)
-        check_groups(skeleton, index, names, config.scheme.group_size)
-        check_rank(skeleton, index, names, config.method)
-        check_experts(skeleton, index, names, config.scheme)
-        found = found or bool(names)
-    if not found:
-        raise UserError(
-            f"{type(skeleton.model).__name__}: its blocks hold no linear layers that scheme.skip {config.scheme.skip} does not leave "
-            "alone, so there is nothing to quantize; skip fewer, or this architecture is not supported"
-        )
-    check_attention(config.scheme, skeleton.model, skeleton.blocks)
-
-
-def check_purpose(config: RunConfig, skeleton: Skeleton) -> None:
-    """Refuse a run that would leave neither a checkpoint nor a perplexity."""
-    if not config.evaluation.texts and (reason := unpublished(config, skeleton)):
-        raise UserError(
-            f"nothing would come of this run: no checkpoint is published because {reason}, and evaluation.texts names no text "
-            "to evaluate on; give one there"
-        )
-
-
-def check_rank(skeleton: Skeleton, index: int, names: list[str], method: MethodConfig) -> None:
-    """Refuse a rank or a corner that some linear is too small for."""
-    asked = method.increments.smallest_rank
-    key = "rank" if method.rank == asked else "corner"
-    ranks = {name: min(get_linear(skeleton.blocks[index], name).weight.shape) for name in names}
-    if small := {name: rank for name, rank in ranks.items() if rank < asked}:
-        listed = ", ".join(f"{name} ({rank})" for name, rank in small.items())
-        raise UserError(
-            f"method.{key} {asked} is above the rank of {listed}: set method.{key} to {min(small.values())} or less"
-        )
-
-
-def check_experts(skeleton: Skeleton, index: int, names: list[str], scheme: SchemeConfig) -> None:
-    """Refuse zero points of experts: transformers 5 drops them when it fuses what it has unpacked."""
-    opened = [n for n, module in skeleton.blocks[index].named_modules() if isinstance(module, OpenedExperts)]
-    inside = [name for name in names if any(name.startswith(f"{mixture}.") for mixture in opened)]
-    if inside and not scheme.symmetric:
-        raise UserError(
-            f"scheme.symmetric is false, but block {index} holds experts ({inside[0]} and others), whose zero points "
-            "transformers does not load: set scheme.symmetric to true, or add *.experts.* to scheme.skip"
-        )
-
-
-def check_look_ahead(method: MethodConfig, skeleton: Skeleton) -> None:
-    """Refuse a look-ahead past the last block."""
-    blocks = len(skeleton)
-    if method.look_ahead >= blocks:
-        raise UserError(
-            f"method.look_ahead {method.look_ahead} is past the last block of a model of {blocks}: set it to {blocks - 1} or less"
-        )
-
-
-def check_equivalence(config: RunConfig, skeleton: Skeleton) -> None:
-    """Refuse an equivalent transformation that a block cannot take."""
-    method = config.method
-    if not method.equivalence:
-        return
-    try:
-        find_family(skeleton.model.config.model_type)
-        for block in skeleton.blocks:
-            family = family_of(block)
-            find_pairs(block, family, method.equivalence_kinds(config.scheme), shifts=method.shifts)
-            for kind in method.equivalence if method.equivalence != "auto" else ():
-                find_pairs(block, family, [kind], shifts=False)
-    except ValueError as error:
-        key = "method.shifts" if "shifts" in str(error) else "method.equivalence"
-        raise UserError(f"{key}: {error}") from error
 
 
 def check_place(checkpoint: Store, config: RunConfig, resolved: Resolved) -> None:
@@ -241,6 +163,8 @@ def prepare(config: RunConfig, report: Reporter) -> Prepared:
     check_equivalence(config, skeleton)
     check_look_ahead(config.method, skeleton)
     check_purpose(config, skeleton)
+    if config.finetune.blocks is None:
+        check_fit(config, skeleton, source.dtype(config.model.dtype), store, report)
     report.message(f"reading calibration text {config.data.source}")
     tokens, texts, values = read_tokens(config, source)
     claim(store, config, resolved)

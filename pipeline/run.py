@@ -61,7 +61,8 @@ class Finished:
 
 def worker_pools(config: ClusterConfig, members: int = 1) -> list[Pool]:
     """Workers that train, each a group of so many processes, and those that do what needs no GPU."""
-    train = Pool(TRAIN, config.cpus_per_worker, config.gpus_per_worker, most=config.workers, members=members)
+    memory = int((config.memory_gib or 0) * 2**30)
+    train = Pool(TRAIN, config.cpus_per_worker, config.gpus_per_worker, memory, most=config.workers, members=members)
     return [train, Pool("cpu", config.cpus_per_worker, most=config.cpu_workers)] if config.cpu_workers else [train]
 
 

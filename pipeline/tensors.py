@@ -1,4 +1,4 @@
-"""safetensors without a second copy: written as a header and memory views, read whole or by ranges.
+"""safetensors without a second copy: written as a header and memory views, read whole, by ranges or in pieces.
 
 The safetensors package reads paths or bytes; object stores want neither, so the format's frame (eight bytes of length, a JSON
 header, raw little-endian data) is handled here. Everything else about it is in the package's specification.
@@ -11,6 +11,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -161,6 +162,35 @@ def deserialize(data: bytes) -> dict[str, Tensor]:
     _check_end(entries, length, len(data), "tensors")
     view = memoryview(data)
     return {name: _from_buffer(view[e.start : e.end], e) for name, e in entries.items()}
+
+
+def read_pieces(store: Store, key: str, size: int, piece: int) -> Iterator[tuple[int, bytes]]:
+    """An object of a known size in ranged reads: (start, bytes); the first one holds the whole header."""
+    first = store.read_range(key, 0, min(size, max(piece, 8)))
+    end = 8 + _header_length(first[:8], size, store.describe(key))
+    if end > len(first):
+        first += store.read_range(key, len(first), end)
+    yield 0, first
+    for start in range(len(first), size, piece):
+        yield start, store.read_range(key, start, min(start + piece, size))
+
+
+def gather(pieces: Iterator[tuple[int, bytes]], size: int) -> dict[str, Tensor]:
+    """All tensors of a file from its pieces, in memory once. Raises TensorFileError; checks no content."""
+    first = next(pieces)[1]
+    length = _header_length(first[:8], size, "tensors")
+    entries = parse_header(first[8 : 8 + length])
+    _check_end(entries, length, size, "tensors")
+    if sum(entry.end - entry.start for entry in entries.values()) > size:
+        raise TensorFileError("its tensors overlap")
+    tensors = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in entries.items()}
+    for start, data in chain([(0, first)], pieces):
+        for name, entry in entries.items():
+            low, high = max(entry.start, start), min(entry.end, start + len(data))
+            if low < high:
+                into = tensor_bytes(tensors[name])
+                into[low - entry.start : high - entry.start] = memoryview(data)[low - start : high - start]
+    return tensors
 
 
 def _from_buffer(data: bytes | memoryview, entry: TensorEntry) -> Tensor:

@@ -126,6 +126,24 @@ def test_tensors_come_back(store: Store) -> None:
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
 
 
+@pytest.mark.parametrize("piece", [1, 7, 64, 1000])
+def test_large_files_are_read_in_pieces_and_verified(store: Store, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    monkeypatch.setattr("pipeline.artifacts.PIECE", piece)
+    tensors = {"a": torch.arange(40.0).view(5, 8), "b": torch.arange(9).to(torch.uint8), "none": torch.empty(0, 3)}
+    writer = Writer(store, ARTIFACT)
+    writer.write_tensors("t.safetensors", tensors)
+    writer.commit({})
+    found = read_tensors(store, ARTIFACT, "t.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    key = data_key(store, name="t.safetensors")
+    whole = store.get(key)
+    for damaged in (whole[:-1], whole + b"!", b"", b"\xff" * len(whole), whole[:-1] + b"!"):
+        store.put(key, damaged)
+        with pytest.raises(CorruptArtifactError, match=f"has {len(damaged)} bytes that differ from"):
+            read_tensors(store, ARTIFACT, "t.safetensors")
+
+
 def test_equal_contents_give_equal_bytes(store: Store) -> None:
     first, second = Artifact("x", "one", "a" * 64), Artifact("x", "two", "b" * 64)
     tensors = {"w": torch.ones(3), "v": torch.zeros(2, dtype=torch.int8)}

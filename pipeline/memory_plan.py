@@ -1,0 +1,256 @@
+"""What every kind of unit holds in memory at its peak, from a block's shapes and the configuration alone.
+
+A unit goes through moments (a block is loaded, factored, stepped, measured …); at each it holds terms that have a name and a
+size (`memory_terms.py`), and its peak is the moment with the largest sum. Terms are counted from the tensors that the code makes.
+Four numbers are constants: what processes hold before any work (`BASE`, `DRIVER`, measured; `CUDA_HOST`, `CUDA_CONTEXT`, not).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lsi.factors import LARGEST_PART, SMALL
+from pipeline.artifacts import PIECE
+from pipeline.memory_terms import BlockMemory
+
+GIB = float(1 << 30)
+# Resident memory of a worker that has imported torch, Ray and transformers and built the skeleton; measured, Linux.
+BASE = 0.68 * GIB
+# Of the driver, which has read the texts and made tokens and the plan, too.
+DRIVER = 1.05 * GIB
+# What a CUDA context takes on the host and on the device. Taken from other work with H100s, not measured here.
+CUDA_HOST, CUDA_CONTEXT = 2.0 * GIB, 0.6 * GIB
+
+Place = Literal["host", "device"]
+Terms = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The fullest moment of a unit in one place; `terms` in bytes."""
+
+    moment: str
+    terms: Terms
+
+    @property
+    def total(self) -> float:
+        return sum(self.terms.values())
+
+
+@dataclass(frozen=True)
+class UnitPeaks:
+    """Of one kind of unit."""
+
+    stage: str
+    host: Peak
+    device: Peak | None = None
+
+
+@dataclass
+class _Moments:
+    """Moments of a unit; on a CPU all that is on the device is on the host."""
+
+    cuda: bool
+    host: dict[str, dict[str, float]] = field(default_factory=dict)
+    device: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def add(self, name: str, device: Terms, host: Terms | None = None) -> None:
+        base = {"process": BASE + CUDA_HOST * self.cuda}
+        own = base | dict(host or {})
+        if self.cuda:
+            self.device[name] = {"CUDA context": CUDA_CONTEXT} | dict(device)
+        else:
+            own |= {term: own.get(term, 0.0) + size for term, size in device.items()}
+        self.host[name] = own
+
+    def peaks(self, stage: str) -> UnitPeaks:
+        return UnitPeaks(stage, fullest(self.host), fullest(self.device) if self.device else None)
+
+
+def fullest(moments: Mapping[str, Terms]) -> Peak:
+    name = max(moments, key=lambda moment: sum(moments[moment].values()))
+    return Peak(name, {term: size for term, size in moments[name].items() if size})
+
+
+class MemoryPlan(BlockMemory):
+    """The peaks of a configuration's units on a worker with an engine."""
+
+    def units(self) -> dict[str, UnitPeaks]:
+        """By stage, in the order of a run."""
+        found = {"inspect": self.inspect()}
+        if self.config.optimizer.epochs:
+            found |= {"embed": self.embed(), "capture": self.capture()}
+            if self._factored():
+                found["factors"] = self.factors()
+        found["optimize"] = self.optimize() if self.config.optimizer.epochs else self.rounding()
+        if self.config.evaluation.texts:
+            found["evaluate"] = self.evaluate()
+        return found | {"merge": self.merge()}
+
+    def _moments(self) -> _Moments:
+        return _Moments(self.cuda)
+
+    def _largest_tensor(self) -> float:
+        return float(math.prod(self.shape.largest) * self.shape.itemsize)
+
+    def load(self, moments: _Moments) -> None:
+        """A block's weights are read tensor by tensor into host memory."""
+        beside = {"a tensor's bytes": self._largest_tensor()}
+        if self.cuda:
+            moments.add("loading a block", {"weights": self.block}, {"weights on their way": self.block} | beside)
+        else:
+            moments.add("loading a block", {"weights": self.block}, beside)
+
+    def inspect(self) -> UnitPeaks:
+        """Reads one tensor after another: its bytes, itself, the one before it."""
+        largest = max(math.prod(self.shape.largest), self.shape.largest_outer) * float(self.shape.itemsize)
+        moments = _Moments(self.cuda)
+        moments.add("reading a tensor", {}, {"a tensor, its bytes, the one before": 3 * largest})
+        return moments.peaks("inspect")
+
+    def _surroundings(self) -> dict[str, float]:
+        return {"embeddings and head": float(self.shape.outer * self.shape.itemsize)}
+
+    def embed(self) -> UnitPeaks:
+        moments = self._moments()
+        around, bytes_of = self._surroundings(), float(self.shape.largest_outer * self.shape.itemsize)
+        on_way = around | {"a tensor's bytes": bytes_of} if self.cuda else {"a tensor's bytes": bytes_of}
+        moments.add("loading the embeddings", around, on_way)
+        moments.add("embedding", around | {"activations": self._chunk_tokens() * self.passing_per_token() / 4})
+        return moments.peaks("embed")
+
+    def capture(self) -> UnitPeaks:
+        moments = self._moments()
+        self.load(moments)
+        passing = {"activations": self._chunk_tokens() * self.passing_per_token()}
+        moments.add("a chunk's pass", {"weights": self.block} | passing, {"activation cache": self.cached()})
+        return moments.peaks("capture")
+
+    def factors(self) -> UnitPeaks:
+        moments = self._moments()
+        self._factorize(moments)
+        return moments.peaks("factors")
+
+    def _factorize(self, moments: _Moments) -> None:
+        out, width = self.shape.largest
+        whole, rank = 4.0 * out * width, self._rank((out, width))
+        small = min(out, width)
+        if self.increment.rank is not None and small > SMALL and rank <= LARGEST_PART * small:
+            size = min(rank + max(16, rank // 8), small)
+            # A basis, what it is made from and QR's copies; then the small matrix's decomposition.
+            work = 4.0 * size * (4 * out + 3 * width)
+        else:
+            # LAPACK's copy of the weight, its U, the results and the work space of gesdd.
+            work = 4 * whole + 4.0 * 4 * small * small
+        held = self._frozen_part() | {"trained values": 4 * self.trained_numbers()}
+        moments.add("factoring the largest linear", held | {"the weight widened": whole, "decomposition": work})
+
+    def optimize(self) -> UnitPeaks:
+        """One epoch of one block, the fullest one."""
+        config, moments = self.config, self._moments()
+        cache = {"activation cache": self.cached()} | (self._at_home(steps_done=True) if self.cuda else {})
+        self.load(moments)
+        if self._factored():
+            self._factorize(moments)
+        several = config.optimizer.epochs > 1
+        begun, whole = self.state(steps_done=False), 4.0 * math.prod(self.shape.largest)
+        chunk, passing = self._chunk_tokens(), self.passing_per_token()
+        if config.method.clipping != "none" and config.method.clipping_start == "search":
+            # The weight in float32, and as the product has it.
+            wide = whole * (1.5 if self.engine.products == 2 else 1) + self._transformed(training=False)
+            moments.add(
+                "the clipping's start",
+                begun | {"one linear": wide, "activations": chunk * self._starting_per_token()},
+                cache,
+            )
+        stepping = self.state(steps_done=True, best=several) | self.step_terms()
+        moments.add("a step's backward pass", stepping, cache)
+        update = self.state(steps_done=True, best=several) | {"gradients": 4 * self.trained_numbers()}
+        moments.add("the optimizer's update", update | {"its temporaries": self._temporaries()}, cache)
+        result, after = self.result_size(), self.state(steps_done=True, best=several)
+        codes = {"codes of the result": result, "transformed weights": self._transformed(training=False)}
+        moments.add(
+            "codes of the result",
+            after | codes | {"one linear": self.making(self.shape.largest, training=False)},
+            cache,
+        )
+        measured = {"codes of the result": result, "the block as it is loaded": self.block}
+        moments.add("measuring", after | measured | {"activations": chunk * passing}, cache | self._writing())
+        if several:
+            self._take_up(moments, cache)
+        return moments.peaks("optimize")
+
+    def _temporaries(self) -> float:
+        """torch's AdamW: three tensors of the largest parameter's size on a CPU (one of them the parameter's before); on a GPU
+        one of all parameters'."""
+        if self.config.optimizer.steps != "adamw":
+            return 4 * self.largest_trained()
+        return 4 * self.trained_numbers() if self.cuda else 12 * self.largest_trained()
+
+    def _writing(self) -> dict[str, float]:
+        return {"a chunk on its way out": self.boundary(int(self._chunk_tokens() // self.config.data.sequence_length))}
+
+    def _take_up(self, moments: _Moments, cache: Terms) -> None:
+        """A state is read from storage while the block is made anew, and taken over."""
+        state = 4.0 * self.trained_numbers() * (3 if self.config.optimizer.steps == "adamw" else 1) + self.result_size()
+        begun = self.state(steps_done=False)
+        host = {"a state that is read": state + self._read(state)}
+        moments.add("taking up a state", begun, dict(cache) | host)
+
+    def rounding(self) -> UnitPeaks:
+        """Round-to-nearest, without training."""
+        moments = self._moments()
+        self.load(moments)
+        whole = 4.0 * math.prod(self.shape.largest)
+        moments.add(
+            "rounding", {"weights": self.block, "one linear": 1.5 * whole, "codes of the result": self.result_size()}
+        )
+        return moments.peaks("optimize")
+
+    def evaluate(self) -> UnitPeaks:
+        config, moments = self.config, self._moments()
+        window = float(config.evaluation.length * self.shape.hidden * self.shape.itemsize)
+        hidden = min(config.evaluation.windows * window, max(window, float(config.storage.cache_mib << 20)))
+        around = self._surroundings() | {"hidden states": hidden}
+        moments_host = {"a tensor's bytes": self._largest_tensor()}
+        if self.cuda:
+            moments_host |= {"weights on their way": self.block}
+        moments.add("loading a block", around | {"weights": self.block}, moments_host)
+        whole, result = 4.0 * math.prod(self.shape.largest), self.result_size()
+        rounding = around | {"weights": self.block, "one linear": 1.5 * whole, "codes of the result": result}
+        if "round_to_nearest" in config.evaluation.baselines:
+            moments.add("rounding", rounding)
+        loaded = around | {"weights": self.block, "codes of the result": result}
+        host = {"codes of the result": result} if self.cuda else {}
+        moments.add("a block's codes", loaded, host | {"a file's bytes": self._read(result)})
+        tokens = config.evaluation.length
+        passing = tokens * self.passing_per_token() + tokens * self.shape.vocabulary * (self.shape.itemsize + 8.0)
+        moments.add("a window's pass", around | {"weights": self.block, "activations": passing})
+        return moments.peaks("evaluate")
+
+    def merge(self) -> UnitPeaks:
+        """One shard: a block's codes, one linear packed, one tensor written."""
+        moments = _Moments(self.cuda)
+        out, width = self.shape.largest
+        packed = out * width * self.config.scheme.bits / 8
+        outer = 2.0 * self.shape.largest_outer * self.shape.itemsize
+        codes = {"codes of a block": self.result_size()}
+        moments.add("packing", {}, codes | {"a linear packed": 2 * packed, "pieces": 2 * PIECE})
+        moments.add("a tensor around the blocks", {}, codes | {"a tensor and its bytes": outer})
+        return moments.peaks("merge")
+
+
+def worker_peak(units: Mapping[str, UnitPeaks], place: Place) -> tuple[str, Peak]:
+    """The stage and the peak of a worker that runs all kinds of units; on a machine without a GPU there is no device.
+
+    Raises ValueError for a device that no unit has.
+    """
+    found = {stage: unit.host if place == "host" else unit.device for stage, unit in units.items()}
+    peaks = {stage: peak for stage, peak in found.items() if peak is not None}
+    if not peaks:
+        raise ValueError(f"no unit of this plan has a {place}")
+    stage = max(peaks, key=lambda name: peaks[name].total)
+    return stage, peaks[stage]
