@@ -64,7 +64,7 @@ def check_memory(config: RunConfig, skeleton: Skeleton, dtype: torch.dtype, repo
     units = MemoryPlan(shape, config, present_engine(config)).units()
     if fits(units, limits):
         count = config.cluster.workers or 1
-        needed = count * worker_peak(units, "host")[1].total + DRIVER
+        needed = count * config.compute.group * worker_peak(units, "host")[1].total + DRIVER
         if config.cluster.address is None and config.cluster.memory_gib is None and needed > machine_memory():
             report.message(
                 f"{count} workers and the driver may need {needed / GIB:.1f} GiB together, and this machine has "
