@@ -12,12 +12,14 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from lsi.block import linear_names, load_quantized, round_block, run_block
+from lsi.engine import Engine
 from lsi.equivalence import collect_ranges
 from lsi.increment import DEFAULT_LEARNING_RATE, KINDS, Increment
 from lsi.linear import Parts
@@ -26,8 +28,9 @@ from lsi.pairs import KINDS as EQUIVALENCES
 from lsi.reconstruct import Method, Reconstruction
 from pipeline.activations import quantize_activations
 from pipeline.block_state import EQUIVALENCE_LEARNING_RATE, result_of
-from pipeline.config import DataConfig, ScheduleConfig, SchemeConfig
+from pipeline.config import ComputeConfig, DataConfig, ScheduleConfig, SchemeConfig
 from pipeline.data import calibration_tokens, evaluation_tokens
+from pipeline.engines import make_engine
 from pipeline.gguf_import import import_gguf
 from pipeline.graph import input_epoch
 from pipeline.model_source import ModelSource, open_model
@@ -44,8 +47,9 @@ CHUNK, LENGTH, WINDOWS = 8, 512, 16
 class Trial:
     """One setting on one model."""
 
-    def __init__(self, source: ModelSource, options: argparse.Namespace) -> None:
+    def __init__(self, source: ModelSource, options: argparse.Namespace, engine: Engine | None = None) -> None:
         self.options = options
+        self.engine = engine
         self.source = source
         self.skeleton = make_skeleton(source.config)
         self.surroundings = load_surroundings(self.skeleton, source, torch.bfloat16)
@@ -112,8 +116,8 @@ class Trial:
             warm_steps=options.warm_epochs * epoch,
         )
         block = self.block(index)
-        training = Reconstruction(block, self.names(index), method)
-        quantize_activations(block, self.names(index), self.scheme)
+        training = Reconstruction(block, self.names(index), method, engine=self.engine)
+        quantize_activations(training.block, self.names(index), self.scheme)
         return training
 
     def freeze(self, index: int) -> Frozen:
@@ -199,7 +203,7 @@ class Trial:
         return perplexity(total, len(windows), LENGTH)
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=8, help="how many to quantize; 0: full precision")
     parser.add_argument("--bits", type=int, default=3)
@@ -235,7 +239,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--windows", type=int, default=WINDOWS, help="of the third split, from its start")
-    return parser.parse_args()
+    parser.add_argument("--engine", choices=["torch", "deepspeed"], default="torch", help="deepspeed: sequential alone")
+    return parser.parse_args(arguments)
 
 
 def main() -> None:
@@ -245,7 +250,8 @@ def main() -> None:
         model = open_store(scratch)
         import_gguf(str(ASSETS / MODEL_FILE), {}, model, torch.bfloat16)
         began = time.monotonic()
-        trial = Trial(open_model(model), options)
+        compute = ComputeConfig(engine=options.engine)
+        trial = Trial(open_model(model), options, make_engine(compute, "torch", options.batch))
         trial.run()
         seconds = time.monotonic() - began
         found = {"wikipedia": trial.perplexity("wikipedia-heldout.txt"), "news": trial.perplexity("news.txt")}

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from memory import first_blocks
 
-from cluster.group import ShouldYield, WorkerGroup, stay
+from cluster.group import ALONE, Membership, ShouldYield, WorkerGroup, stay
 from cluster.ray_group import RayGroup
 from cluster.session import ray_session
 from pipeline.config import RunConfig, parse_config
@@ -70,7 +70,9 @@ class Clock:
         setattr(owner, name, timed)
 
 
-def timed_handler(context: Context, name: str, should_yield: ShouldYield = stay) -> Callable[[Task], dict[str, Any]]:
+def timed_handler(
+    context: Context, name: str, should_yield: ShouldYield = stay, membership: Membership = ALONE
+) -> Callable[[Task], dict[str, Any]]:
     """An actor's handler whose results tell `read_seconds` and `write_seconds`."""
     clock = Clock()
     for owner, method, kind in (
@@ -80,7 +82,7 @@ def timed_handler(context: Context, name: str, should_yield: ShouldYield = stay)
         (Store, "put", "write"),
     ):
         clock.around(owner, method, kind)
-    plain = make_handler(context, name, should_yield)
+    plain = make_handler(context, name, should_yield, membership)
 
     def handler(task: Task) -> dict[str, Any]:
         clock.begin()

@@ -1,8 +1,9 @@
-"""The process of one worker: does a unit at a time, answers pings, and leaves when it is told to."""
+"""A process of a worker: does a unit at a time, answers pings, and leaves when it is told to."""
 
 import os
 import platform
 import signal
+import socket
 import threading
 import traceback
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any
 
 import ray
 
-from cluster.group import Handler, Setup, failure_of
+from cluster.group import Handler, Membership, Setup, failure_of, stay
 from cluster.units import FailureKind, YieldUnit
 from cluster.versions import check_same
 
@@ -52,10 +53,14 @@ class Actor:
         # Ray's own handler would end the process in the middle of a unit.
         signal.signal(signal.SIGTERM, lambda number, frame: self._leave())
 
-    def start(self, setup: Setup, name: str, versions: Mapping[str, str]) -> Failure | None:
+    def start(
+        self, setup: Setup, name: str, versions: Mapping[str, str], rank: int, size: int, address: str
+    ) -> Failure | None:
+        # Of a group the first one hands the unit back: the others cannot know between which two steps.
+        should_yield = self._leaving.is_set if rank == 0 else stay
         try:
             check_same(versions, platform.node())
-            self._handler: Handler = setup(name, self._leaving.is_set)
+            self._handler: Handler = setup(name, should_yield, Membership(rank, size, address))
         except Exception as error:
             return Failure(*failure_of(error), traceback.format_exc())
         return None
@@ -82,6 +87,14 @@ class Actor:
     def present(self, gpus: float) -> Presence:
         node = ray.get_runtime_context().get_node_id()
         return Presence(node, os.getpid(), machine(), _gpu_memory(gpus) if gpus else 0)
+
+    @ray.method(concurrency_group="word")
+    def address(self) -> str:
+        """A free one on this machine, as the cluster knows it: on loopback where Ray is."""
+        host = ray.util.get_node_ip_address()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, 0), family=family) as probe:
+            return f"{host}:{probe.getsockname()[1]}"
 
     @ray.method(concurrency_group="word")
     def ping(self) -> None:

@@ -1,6 +1,7 @@
 """What a group of workers must do; everything else here is written against this face."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cluster.events import Event, WorkerJoined
@@ -13,8 +14,24 @@ Handler = Callable[[Any], dict]
 ShouldYield = Callable[[], bool]
 """Whether this worker has been told to leave: its unit commits what it has and raises `YieldUnit` within seconds."""
 
-Setup = Callable[[str, ShouldYield], Handler]
-"""Called once in each worker's process with the worker's name. Must be picklable."""
+
+@dataclass(frozen=True)
+class Membership:
+    """A process's place among those that are one worker: all of them are given every unit.
+
+    What the first, rank 0, returns is the unit's result, and it alone is told to leave. `address`: host:port on the first
+    one's machine where the others can meet it; nobody listens there yet. Empty for a worker of one process.
+    """
+
+    rank: int = 0
+    size: int = 1
+    address: str = ""
+
+
+ALONE = Membership()
+
+Setup = Callable[[str, ShouldYield, Membership], Handler]
+"""Called once in each process of a worker with the worker's name. Must be picklable."""
 
 
 def stay() -> bool:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Mapping
 
 from cluster.events import Event, UnitDone, UnitFailed, WorkerJoined
-from cluster.group import Setup, failure_of, stay
+from cluster.group import ALONE, Setup, failure_of, stay
 from cluster.scheduler import State
 from cluster.units import Unit
 
@@ -17,7 +17,7 @@ class InlineGroup:
     patience = 0.0  # nobody will join
 
     def __init__(self, setup: Setup, workers: int = 1) -> None:
-        self._handlers = {name: setup(name, stay) for name in (f"inline-{i}" for i in range(workers))}
+        self._handlers = {name: setup(name, stay, ALONE) for name in (f"inline-{i}" for i in range(workers))}
         self._submitted: deque[tuple[str, Unit]] = deque()
 
     def workers(self) -> list[WorkerJoined]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import TypeGuard
 
-from cluster.events import End, Event, GaveUp, Instruction, Status, StopRequested, UnitDone, UnitFailed
+from cluster.events import End, Event, GaveUp, Instruction, Status, StopRequested, UnitDone, UnitFailed, WorkerLost
 from cluster.group import WorkerGroup
 from cluster.retry import exponential
 from cluster.scheduler import Scheduler
@@ -35,17 +35,28 @@ def never() -> bool:
 
 
 class _Held:
-    """Failures that the scheduler may not see yet: until it does, the unit is not offered again."""
+    """Failures that the scheduler may not see yet: until it does, the unit is not offered again. And the departures of
+    workers after them, who did not take the units with them."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, int, UnitFailed]] = []
+        self._heap: list[tuple[float, int, UnitFailed | WorkerLost]] = []
         self._count = 0
 
     def add(self, event: UnitFailed, seconds: float) -> None:
-        self._count += 1  # keeps the order of arrival, and events out of the comparison
-        heappush(self._heap, (time.monotonic() + seconds, self._count, event))
+        self._push(time.monotonic() + seconds, event)
 
-    def due(self, everything: bool) -> list[UnitFailed]:
+    def add_departure(self, event: WorkerLost) -> bool:
+        """Whether there is something that it has to wait for."""
+        due = [when for when, _, failure in self._heap if failure.worker == event.worker]
+        if due and event.on_request:
+            self._push(max(due), event)
+        return bool(due) and event.on_request
+
+    def _push(self, when: float, event: UnitFailed | WorkerLost) -> None:
+        self._count += 1  # keeps the order of arrival, and events out of the comparison
+        heappush(self._heap, (when, self._count, event))
+
+    def due(self, everything: bool) -> list[UnitFailed | WorkerLost]:
         now = time.monotonic()
         due = []
         while self._heap and (everything or self._heap[0][0] <= now):
@@ -124,7 +135,7 @@ def run_units(
             on_event(event)
             if _may_wait(event, run.scheduler):
                 held.add(event, backoff(event.unit, run.scheduler.attempts(event.unit) + 1))
-            else:
+            elif not (isinstance(event, WorkerLost) and held.add_departure(event)):
                 ripe.append(event)
         for event in ripe:
             if end := run.feed(event):

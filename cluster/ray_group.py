@@ -1,4 +1,4 @@
-"""Workers that are Ray actors: one process each, one unit at a time, on whatever machine has room."""
+"""Workers that are Ray actors: a process or a group of them each, one unit at a time, on whatever machine has room."""
 
 import itertools
 import time
@@ -15,7 +15,7 @@ from cluster.lookout import Lookout, View
 from cluster.metrics import Metrics
 from cluster.pools import Pool, check_pools, check_room, places
 from cluster.scheduler import State
-from cluster.seat import Seat, take_seat
+from cluster.seat import Process, Seat, take_seat
 from cluster.starts import Shortage, Starts
 from cluster.units import ClusterLostError, Unit
 
@@ -73,9 +73,9 @@ class RayGroup:
         seat = self._seats.get(worker)
         if seat is None:
             return  # lost a moment ago: the event that says so is on its way to the caller
-        if seat.call is not None:
+        if seat.busy:
             raise RuntimeError(f"Worker {worker} was given unit {unit.name} while it is busy.")
-        seat.unit, seat.call = unit, seat.actor.run.remote(unit.payload)
+        seat.give(unit)
 
     def poll(self, timeout: float) -> list[Event]:
         if self._lookout.gone:
@@ -104,11 +104,11 @@ class RayGroup:
         # After a pause of this process (Ctrl-Z, say) the answers need a moment to come in.
         away = time.monotonic() - self._polled
         if away > _AWAY_SECONDS:
-            for seat in self._seats.values():
-                seat.asked += away
+            for process in (process for seat in self._seats.values() for process in seat.processes):
+                process.asked += away
 
     def _ready(self, timeout: float) -> set[Any]:
-        refs = [ref for s in self._seats.values() for ref in (s.call, s.watch, s.word) if ref is not None]
+        refs = [ref for seat in self._seats.values() for ref in seat.refs]
         if not refs:
             time.sleep(timeout)
             return set()
@@ -116,25 +116,45 @@ class RayGroup:
         return set(ray.wait(refs, num_returns=len(refs), timeout=0)[0])
 
     def _news(self, seat: Seat, ready: set[Any]) -> list[Event]:
+        # The answers first: a unit that was done before its worker died is done.
+        steps = [(p, p.call, self._answer) for p in seat.processes]
+        steps += [(p, p.word, self._hear) for p in seat.processes]
+        steps += [(p, p.watch, self._end_of_watch) for p in seat.processes]
         events: list[Event] = []
-        steps = ((seat.call, self._answer), (seat.word, self._hear), (seat.watch, self._end_of_watch))
-        for ref, step in steps:  # the answer first: a unit that was done before its worker died is done
+        for process, ref, step in steps:
             if ref in ready and seat.worker in self._seats:
-                events += step(seat)
+                events += step(seat, process)
         return events + (self._overdue(seat) if seat.worker in self._seats else [])
 
-    def _answer(self, seat: Seat) -> list[Event]:
-        call, seat.call = seat.call, None
+    def _answer(self, seat: Seat, process: Process) -> list[Event]:
+        call, process.call = process.call, None
         try:
             answer = ray.get(call)
         except RayTaskError as error:  # raised outside the handler, as by a result that cannot be pickled
             answer = Failure("retry", f"{type(error.cause).__name__}: {_first_line(error.cause)}", str(error))
         except RayError as error:  # whatever else Ray says of a call means that its process cannot be counted on
             return self._lose(seat, _cause(error))
+        if isinstance(seat.answer, Failure):
+            return []  # it is being looked into
+        failed = isinstance(answer, Failure)
+        if failed or process is seat.processes[0]:
+            seat.answer = answer
         if seat.unit is None:
-            return self._started(seat, answer)
-        events = self._unit_events(seat, seat.unit, answer)
-        seat.unit = None
+            return self._started(seat, answer) if failed or not seat.busy else []
+        if failed and seat.pool.members > 1:
+            # One that dies is a failure to the others, who may be heard first: the unit's own only if all are alive.
+            for each in seat.processes:
+                each.ping()
+            return []
+        still = seat.busy and not isinstance(answer, Returned)
+        return [] if still else self._ended(seat, seat.unit)
+
+    def _ended(self, seat: Seat, unit: Unit) -> list[Event]:
+        events = self._unit_events(seat, unit, seat.answer)
+        failed, seat.unit, seat.answer = isinstance(seat.answer, Failure), None, None
+        if failed and seat.pool.members > 1:
+            # It goes: the others wait in the middle of the unit for one that has left it.
+            events = [*self._leaving(seat), *events]
         return events if seat.leaving is None else [*events, *self._retire(seat)]
 
     def _unit_events(self, seat: Seat, unit: Unit, answer: Any) -> list[Event]:
@@ -151,58 +171,62 @@ class RayGroup:
         self._starts.succeeded(seat.node)
         return [_joined(seat)]
 
-    def _hear(self, seat: Seat) -> list[Event]:
-        word, seat.word = seat.word, None
-        seat.asked = time.monotonic()
+    def _hear(self, seat: Seat, process: Process) -> list[Event]:
+        word, process.word = process.word, None
+        process.asked = time.monotonic()
         try:
             answer = ray.get(word)
         except RayError as error:
             return self._lose(seat, _cause(error))
         if isinstance(answer, Presence):
-            seat.present(answer)
-        return []
+            process.present(answer)
+        heard = all(each.word is None for each in seat.processes)
+        return self._ended(seat, seat.unit) if seat.unit and isinstance(seat.answer, Failure) and heard else []
 
-    def _end_of_watch(self, seat: Seat) -> list[Event]:
-        watch, seat.watch = seat.watch, None
+    def _end_of_watch(self, seat: Seat, process: Process) -> list[Event]:
+        watch, process.watch = process.watch, None
         try:
             ray.get(watch)
         except RayError as error:
             return self._lose(seat, _cause(error))
+        seat.leave()  # if another of its processes was told
         return self._told_to_leave(seat)
 
     def _overdue(self, seat: Seat) -> list[Event]:
         now = time.monotonic()
         if seat.leaving is not None and now - seat.leaving > LEAVE_SECONDS:
             return self._lose(seat, f"did not give its unit back within {LEAVE_SECONDS:.0f} s of being told to leave")
-        waited = now - seat.asked
-        if seat.word is None:
-            if waited > self._deadline / 4:
-                seat.ping()
-        elif seat.placed and waited > self._deadline:
-            return self._lose(seat, f"has not answered for {self._deadline:g} s")
-        elif not seat.placed and waited > _PLACE_SECONDS:
-            self._starts.no_room(seat.node, f"a worker of {seat.pool.cpus:g} CPUs and {seat.pool.gpus:g} GPUs")
-            self._end(seat)
+        for process in seat.processes:
+            waited = now - process.asked
+            if process.word is None:
+                if waited > self._deadline / 4:
+                    process.ping()
+            elif process.placed and waited > self._deadline:
+                return self._lose(seat, f"has not answered for {self._deadline:g} s")
+            elif not process.placed and waited > _PLACE_SECONDS:
+                self._starts.no_room(process.node, f"a worker of {seat.pool.cpus:g} CPUs and {seat.pool.gpus:g} GPUs")
+                self._end(seat)
+                break
         return []
 
     def _look(self) -> list[Event]:
         view = self._lookout.view
         if view is self._seen:
             return []
-        draining = [seat for seat in self._seats.values() if seat.node in view.draining and seat.leaving is None]
+        staying = [seat for seat in self._seats.values() if seat.leaving is None]
         events: list[Event] = []
-        for seat in draining:
-            seat.actor.leave.remote()
+        for seat in (s for s in staying if any(process.node in view.draining for process in s.processes)):
+            seat.leave()
             events += self._told_to_leave(seat)
         self._fill()
         return events
 
     def _fill(self) -> None:
         self._seen = view = self._lookout.view
-        seated = [seat.seated for seat in self._seats.values()]
-        for pool, node in places(self._pools, view.machines, seated, self._starts.barred()):
+        seated = [process for seat in self._seats.values() for process in seat.seated]
+        for pool, nodes in places(self._pools, view.machines, seated, self._starts.barred()):
             worker = next(self._names)
-            self._seats[worker] = take_seat(worker, pool, node, self._setup, self._versions)
+            self._seats[worker] = take_seat(worker, pool, nodes, self._setup, self._versions)
         for pool in self._pools:
             self._shortage.note(pool, sum(seat.pool == pool for seat in self._seats.values()))
 

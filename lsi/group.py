@@ -6,7 +6,7 @@ to the byte. The size of the group is therefore part of what a result is named b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -69,6 +69,11 @@ class GroupAttachment(TorchAttachment):
         self.members = members
         self.rank, self.size = dist.get_rank(members), dist.get_world_size(members)
 
+    def begin(self, done: int, total: int) -> None:
+        if done == 0:
+            self._take_over(self.parameters.values())
+        super().begin(done, total)
+
     def part(self, samples: int) -> slice:
         """As equal as can be; of a batch with fewer samples than members some have none."""
         return slice(samples * self.rank // self.size, samples * (self.rank + 1) // self.size)
@@ -85,8 +90,12 @@ class GroupAttachment(TorchAttachment):
         """What is written is the first member's, for the same reason as in `GroupEngine.attach`."""
         yield
         if changing:
-            for parameter in module.parameters():
-                dist.broadcast(parameter.detach(), group=self.members, group_src=0)
+            self._take_over(module.parameters())
+
+    def _take_over(self, parameters: Iterable[Tensor]) -> None:
+        """The first member's values."""
+        for parameter in parameters:
+            dist.broadcast(parameter.detach(), group=self.members, group_src=0)
 
     def _share(self, tensors: list[Tensor]) -> None:
         works = [dist.all_reduce(tensor, group=self.members, async_op=True) for tensor in tensors]

@@ -285,6 +285,11 @@ class ComputeConfig(Section):
         "auto",
         description="who steps an offloaded AdamW; auto: DeepSpeed's cpu_adam where `lsi doctor --build` has compiled it ahead, else torch",
     )
+    group: int = Field(
+        1,
+        ge=1,
+        description="processes that train a block together, each with its part of every batch: so many actors are one worker",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="products in training; auto: bfloat16 where the hardware multiplies it natively"
     )
@@ -440,6 +445,7 @@ class RunConfig(Section):
                 "set cluster.gpus_per_worker to 1, or to a part of one"
             )
         self._check_engine()
+        self._check_group()
         if self.schedule.lead and self.schedule.kind != "wave":
             raise ValueError(
                 f"schedule.lead {self.schedule.lead} means nothing for {self.schedule.kind}: set schedule.kind to wave"
@@ -480,6 +486,25 @@ class RunConfig(Section):
             raise ValueError(
                 "method.equivalence changes a block's weights as a whole, and compute.engine deepspeed holds one linear at a time: "
                 "set method.equivalence to [], or compute.engine to torch"
+            )
+
+    def _check_group(self) -> None:
+        group = self.compute.group
+        if group > 1 and self.compute.engine == "deepspeed":
+            raise ValueError(
+                f"compute.group is {group}, and compute.engine deepspeed trains a block in one process: "
+                "set compute.group to 1, or compute.engine to torch"
+            )
+        sizes = {
+            "optimizer.batch_size": self.optimizer.batch_size,
+            "storage.chunk_samples": self.storage.chunk_samples,
+            "data.samples": self.data.samples,
+        }
+        key, samples = min(sizes.items(), key=lambda item: item[1])
+        if group > samples:
+            raise ValueError(
+                f"compute.group {group} has more members than a batch has samples ({samples}, by {key}): "
+                f"set compute.group to {samples} or less, or {key} to {group} or more"
             )
 
     def recipe(self) -> dict[str, Any]:

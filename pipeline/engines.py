@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Literal
 
 from lsi.engine import Engine, TorchEngine
+from lsi.group import GroupEngine
 from pipeline.config import ComputeConfig
 
 
-def make_engine(compute: ComputeConfig, adam: Literal["torch", "cpu_adam"]) -> Engine:
-    """adam: what `compute.adam` came to."""
+def make_engine(compute: ComputeConfig, adam: Literal["torch", "cpu_adam"], batch_size: int) -> Engine:
+    """adam: what `compute.adam` came to. The processes of a group must have joined each other (`pipeline.members`)."""
+    if compute.group > 1:
+        return GroupEngine(batch_size)
     if compute.engine == "torch":
         return TorchEngine()
     from pipeline.deepspeed_engine import DeepSpeedEngine, Offload

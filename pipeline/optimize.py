@@ -41,7 +41,7 @@ from pipeline.block_state import (
 from pipeline.capture import write_chunk
 from pipeline.partial import Commits, Epoch
 from pipeline.skeleton import Arguments
-from pipeline.worker import Chunk, Worker
+from pipeline.worker import Chunk, DoneByAll, Worker
 from pipeline.write_behind import behind
 
 STATE_FILE = "state.safetensors"
@@ -69,7 +69,7 @@ def ending(trained: Trained, best: Best, status: BlockStatus) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class TrainTask:
+class TrainTask(DoneByAll):
     """Epoch `epoch` of block `block`. Outputs that nobody needs are None.
 
     `inputs` and `targets` are the chunks of the block's inputs and of the full-precision stream `ahead` blocks after it.
@@ -92,7 +92,8 @@ class TrainTask:
     replaceable: ClassVar[bool] = True
 
     def __call__(self, worker: Worker) -> dict[str, Any]:
-        if self._is_done(worker):
+        members = worker.members
+        if members.agree(members.leads and self._is_done(worker)):
             return {"taken_up_at_step": 0}
         worker.chunks.drop_except({chunk.artifact.path for chunk in (*self.inputs, *self.targets)})
         worker.keep_frozen(range(self.block, self.block + self.ahead + 1))
@@ -102,6 +103,8 @@ class TrainTask:
         taken_up = len(epoch.losses)
         worker.held = None
         self._train(worker, epoch, commits)
+        if not members.leads:
+            return self._stand_by(worker, epoch.trained)
         done = self._conclude(worker, epoch, lambda: commits.check(epoch))
         commits.clear()
         return done | {"taken_up_at_step": taken_up}
@@ -125,7 +128,7 @@ class TrainTask:
         trained, best, history = self._take_up(worker)
         if self.previous is None:
             self._start(worker, trained)
-        if self.comparison == "begins":
+        if self.comparison == "begins" and worker.members.leads:
             initial = self._measure(worker, trained.initial(worker, self.block), None, worker.leave_if_asked)
             best = Best("initial", initial, None, initial)
         return Epoch(trained, best, history, [])
@@ -160,7 +163,10 @@ class TrainTask:
         # Let go of it at once: training changes it, and a unit that fails half-way must start from the committed state.
         held, worker.held = worker.held, None
         record = read_record(worker.store, self.previous) if self.previous else None
-        if held is not None and record is not None and self.previous and held[0] == self.previous.key:
+        holds = held is not None and record is not None and self.previous is not None and held[0] == self.previous.key
+        if worker.members.agree(holds):
+            assert held is not None, "a group holds what its first member holds"
+            assert record is not None, "what was held was committed"
             trained, best = held[1]
             return trained, best, record.meta["history"]
         del held  # before there is another block beside it
@@ -295,6 +301,11 @@ class TrainTask:
         writer.commit({"history": history, "best": best.meta() if best else None})
         worker.held = (self.state.key, (trained, best))
         return {"loss": history[-1]["loss"], "status": history[-1]["status"]}
+
+    def _stand_by(self, worker: Worker, trained: Trained) -> dict[str, Any]:
+        """Of a group's others: the first one alone measures, chooses and commits."""
+        worker.held = (self.state.key, (trained, None)) if self.state else None
+        return {}
 
     def _finish(
         self,

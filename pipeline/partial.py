@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cluster.units import YieldUnit
 from pipeline.artifacts import Artifact, CorruptArtifactError, Writer, discard, read_record, read_tensors
@@ -65,6 +66,19 @@ class Commits:
 
     def take_up(self) -> Epoch | None:
         """The newest intact one, all others being removed; None if the unit must begin."""
+        members = self.worker.members
+        found = self._newest() if members.leads else None
+        step = members.agree(self.written)
+        if step < 0:
+            return None
+        found = found or self._read(step)
+        if found is None:
+            raise RuntimeError(f"{self.name}: its commit at step {step} is not there any more")
+        meta, tensors = found
+        trained, best = unpack_state(self.worker, self.block, tensors, meta["best"])
+        return Epoch(trained, best, meta["history"], tensors["losses"].tolist())
+
+    def _newest(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         found = None
         for step in self._steps():
             if found is None:
@@ -73,7 +87,7 @@ class Commits:
                 discard(self.worker.store, self._artifact(step))
         return found
 
-    def _read(self, step: int) -> Epoch | None:
+    def _read(self, step: int) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         artifact = self._artifact(step)
         try:
             record = read_record(self.worker.store, artifact)
@@ -84,11 +98,12 @@ class Commits:
             self.worker.notes.append(f"damaged, its unit goes on from an earlier commit or begins again: {error}")
             return None
         self.written = step
-        trained, best = unpack_state(self.worker, self.block, tensors, record.meta["best"])
-        return Epoch(trained, best, record.meta["history"], tensors["losses"].tolist())
+        return record.meta, tensors
 
     def check(self, epoch: Epoch) -> None:
         """Between two steps: commit if it is time. Raises YieldUnit, after a commit, if the worker has to leave."""
+        if not self.worker.members.leads:
+            return
         leaving = self.worker.should_yield()
         if leaving or time.monotonic() - self.last >= self.worker.config.cluster.commit_every_seconds:
             self._write(epoch)

@@ -59,10 +59,10 @@ class Finished:
     units: dict[str, list[Any]] = field(default_factory=dict)
 
 
-def worker_pools(config: ClusterConfig) -> list[Pool]:
-    """Workers that train, and those that do what needs no GPU."""
+def worker_pools(config: ClusterConfig, members: int = 1) -> list[Pool]:
+    """Workers that train, each a group of so many processes, and those that do what needs no GPU."""
     memory = int((config.memory_gib or 0) * 2**30)
-    train = Pool(TRAIN, config.cpus_per_worker, config.gpus_per_worker, memory, most=config.workers)
+    train = Pool(TRAIN, config.cpus_per_worker, config.gpus_per_worker, memory, most=config.workers, members=members)
     return [train, Pool("cpu", config.cpus_per_worker, most=config.cpu_workers)] if config.cpu_workers else [train]
 
 
@@ -71,14 +71,14 @@ def ray_workers(config: RunConfig, context: Context, report: Reporter) -> Iterat
     """Actors on a private Ray or on the cluster of the configuration."""
     cluster = config.cluster
     # A private Ray is given as many CPUs as its workers ask for: fewer cores than that only make it slower.
-    asked = (cluster.workers or 0) + cluster.cpu_workers
+    asked = (cluster.workers or 0) * config.compute.group + cluster.cpu_workers
     cpus = None if cluster.workers is None else max(1, math.ceil(asked * cluster.cpus_per_worker))
     try:
         with ray_session(cluster.address, cpus, dashboard=cluster.dashboard, on_message=report.message):
             report.message(f"Ray actors at {cluster.address or 'this machine'}")
             group = RayGroup(
                 partial(make_handler, context),
-                worker_pools(cluster),
+                worker_pools(cluster, config.compute.group),
                 deadline=cluster.deadline_seconds,
                 versions=versions.here((*COMPARED, *packages_of(config.compute))),
                 on_message=report.message,

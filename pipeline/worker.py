@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cluster.group import ShouldYield, stay
+from cluster.group import ALONE, Membership, ShouldYield, stay
 from cluster.units import UnitError, YieldUnit
 from lsi.block import linear_names
 from lsi.engine import Engine
@@ -32,6 +32,7 @@ from pipeline.errors import UserError
 from pipeline.faults import StorageError
 from pipeline.identity import Resolved
 from pipeline.lease import check_same_place, check_term
+from pipeline.members import Members
 from pipeline.model_source import ModelSource, open_model
 from pipeline.packed_source import PackedSource, open_packed
 from pipeline.skeleton import (
@@ -133,9 +134,12 @@ class ChunkCache:
 
 
 class Worker:
-    """An actor's open model and stores, and the last block it worked on."""
+    """An actor's open model and stores, and the last block it worked on. `members`: those it trains blocks with, joined."""
 
-    def __init__(self, context: Context, name: str, should_yield: ShouldYield = stay) -> None:
+    def __init__(
+        self, context: Context, name: str, should_yield: ShouldYield = stay, members: Members | None = None
+    ) -> None:
+        self.members = members or Members()
         self.context = context
         self.config = context.config
         self.name = name
@@ -154,16 +158,29 @@ class Worker:
         self._block: tuple[int, nn.Module] | None = None
         self._frozen: dict[int, nn.Module] = {}
         self._tail: Trainee | None = None
+        self._engine: Engine | None = None
         # The optimize stage keeps its block here from one epoch to the next.
         self.held: tuple[str, Any] | None = None
         self.started = time.time()
         # What a person should know of the present unit; told with its result.
         self.notes: list[str] = []
 
-    @cached_property
+    @property
     def engine(self) -> Engine:
         """Serves all blocks that this worker trains."""
-        return make_engine(self.config.compute, self.context.adam)
+        if self._engine is None:
+            self._check_group()
+            config = self.config
+            self._engine = make_engine(config.compute, self.context.adam, config.optimizer.batch_size)
+        return self._engine
+
+    def _check_group(self) -> None:
+        """A block that fewer or more processes train has other bytes than its address says."""
+        if self.config.compute.group != self.members.size:
+            raise UserError(
+                f"compute.group is {self.config.compute.group}, but this worker is a group of {self.members.size}: "
+                "groups are Ray's workers alone; set compute.group to 1 to train in this process"
+            )
 
     @cached_property
     def source(self) -> ModelSource:
@@ -241,7 +258,8 @@ class Worker:
         self._frozen = {}
         self._tail = None
         self.held = None
-        self.engine.close()
+        if self._engine is not None:
+            self._engine.close()
         self.chunks.drop_except(set())
 
     def leave_if_asked(self) -> None:
@@ -277,19 +295,27 @@ def limit_threads(threads: int) -> None:
 Task = Callable[[Worker], dict[str, Any]]
 
 
-def make_handler(context: Context, name: str, should_yield: ShouldYield = stay) -> Callable[[Task], dict[str, Any]]:
+class DoneByAll:
+    """A unit that all processes of a worker do together. Others are the first one's alone."""
+
+
+def make_handler(
+    context: Context, name: str, should_yield: ShouldYield = stay, membership: Membership = ALONE
+) -> Callable[[Task], dict[str, Any]]:
     """The function that an actor runs units with. A unit is a picklable callable on the worker, such as a dataclass."""
     limit_threads(context.config.compute.threads)
     # cuBLAS is deterministic only with a fixed workspace, chosen before CUDA starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    worker = Worker(context, name, should_yield)
+    members = Members(membership)
+    worker = Worker(context, name, should_yield, members)
     if context.term:
         try:
             check_same_place(worker.store, context.term, context.nonce)
         except UserError as error:
             raise UnitError("fatal", str(error)) from error
-    return lambda task: handle_unit(task, worker)
+    members.join(context.config.compute.device)
+    return lambda task: handle_unit(task, worker) if members.leads or isinstance(task, DoneByAll) else {}
 
 
 def handle_unit(task: Task, worker: Worker) -> dict[str, Any]:

@@ -5,24 +5,26 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster.group import Handler, ShouldYield, stay
+from cluster.group import ALONE, Handler, Membership, ShouldYield, stay
 from cluster.units import UnitError, YieldUnit
 
 
-def setup(worker: str, should_yield: ShouldYield = stay) -> Handler:
+def setup(worker: str, should_yield: ShouldYield = stay, membership: Membership = ALONE) -> Handler:
     def handle(payload: dict[str, Any]) -> dict:
+        if membership.rank:
+            payload = payload.get("others", {"do": "nothing"})
         action = ACTIONS[payload["do"]]
         result = action(payload, should_yield) if action is _yield_when_told else action(payload)
-        return result | {"worker": worker, "pid": os.getpid()}
+        return result | {"worker": worker, "pid": os.getpid(), "address": membership.address}
 
     return handle
 
 
-def refusing_setup(worker: str, should_yield: ShouldYield = stay) -> Handler:
+def refusing_setup(worker: str, should_yield: ShouldYield = stay, membership: Membership = ALONE) -> Handler:
     raise UnitError("fatal", "this driver is too old")
 
 
-def failing_setup(worker: str, should_yield: ShouldYield = stay) -> Handler:
+def failing_setup(worker: str, should_yield: ShouldYield = stay, membership: Membership = ALONE) -> Handler:
     raise OSError("no such device")
 
 

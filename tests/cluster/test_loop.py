@@ -14,7 +14,7 @@ from cluster.units import Unit, UnitError
 
 
 def group_of(handler: Handler, workers: int = 1) -> InlineGroup:
-    return InlineGroup(lambda worker, should_yield: handler, workers)
+    return InlineGroup(lambda worker, should_yield, membership: handler, workers)
 
 
 def test_units_run_in_dependency_order_and_the_group_serves_again() -> None:
@@ -140,7 +140,7 @@ def test_what_nobody_can_run_ends_the_run_with_a_sentence() -> None:
             return [WorkerJoined(worker.worker, "cpu", 2**30) for worker in super().workers()]
 
     plan = [Unit("a", 0), Unit("b", 0, ("a",), kind="train"), Unit("c", 0, memory=3 * 2**30)]
-    outcome = run_units(Small(lambda worker, should_yield: lambda payload: {}), plan)
+    outcome = run_units(Small(lambda worker, should_yield, membership: lambda payload: {}), plan)
     assert (outcome.status, list(outcome.results)) == ("failed", ["a"])
     assert outcome.reason == (
         "Nothing could run: 2 units are ready, but none of the 1 workers there can run one; the first, b, needs a worker of "

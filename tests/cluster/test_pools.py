@@ -1,5 +1,7 @@
 """Where workers go, without Ray."""
 
+from dataclasses import replace
+
 import pytest
 
 from cluster.pools import Machine, Pool, Seated, check_pools, check_room, places
@@ -18,19 +20,19 @@ def machine(node: str, cpus: float, gpus: float = 0) -> Machine:
 def test_every_machine_is_filled_evenly_and_pools_keep_to_their_limits() -> None:
     machines = [machine("a", 8, 1), machine("b", 4, 1), machine("c", 1)]
     assert places([TRAIN, CPU], machines, []) == [
-        (TRAIN, "a"),
-        (TRAIN, "b"),
-        (TRAIN, "a"),
-        (TRAIN, "b"),
-        (CPU, "a"),
-        (CPU, "a"),
+        (TRAIN, ("a",)),
+        (TRAIN, ("b",)),
+        (TRAIN, ("a",)),
+        (TRAIN, ("b",)),
+        (CPU, ("a",)),
+        (CPU, ("a",)),
     ]
 
 
 def test_what_is_there_and_what_is_on_its_way_takes_its_room() -> None:
     whole = {"CPU": 4.0, "GPU": 1.0}
     used = Machine("a", whole, {"CPU": 3.0, "GPU": 0.5})
-    assert places([TRAIN], [used], [Seated(TRAIN, "a", pending=False)]) == [(TRAIN, "a")]
+    assert places([TRAIN], [used], [Seated(TRAIN, "a", pending=False)]) == [(TRAIN, ("a",))]
     assert places([TRAIN], [used], [Seated(TRAIN, "a", pending=False), Seated(TRAIN, "a", pending=True)]) == []
     late = Machine("a", whole, whole)  # Ray has not counted the worker that is there
     assert places([TRAIN], [late], [Seated(TRAIN, "a", pending=False)] * 2) == []
@@ -41,6 +43,23 @@ def test_what_is_there_and_what_is_on_its_way_takes_its_room() -> None:
 def test_parts_of_a_gpu_make_a_whole_and_barred_machines_get_none() -> None:
     third = Pool("train", cpus=0, gpus=1 / 3)
     assert len(places([third], [machine("a", 1, 1), machine("b", 1, 1)], [], barred={"b"})) == 3
+
+
+def test_a_group_takes_as_few_machines_as_can_be_or_none() -> None:
+    trio = Pool("train", cpus=1, members=3)
+    machines = [machine("a", 4), machine("b", 2), machine("c", 1)]
+    found = places([trio, Pool("cpu", cpus=1)], machines, [])
+    assert found == [
+        (trio, ("a", "a", "a")),
+        (trio, ("b", "b", "a")),
+        (Pool("cpu", cpus=1), ("c",)),
+    ]
+    seated = [Seated(trio, node, pending=True) for node in "aaa"]
+    assert places([replace(trio, most=1)], machines, [Seated(replace(trio, most=1), "a", pending=True)] * 3) == []
+    assert places([trio], machines, seated) == [(trio, ("b", "b", "a"))]
+    assert places([trio], [machine("a", 2)], []) == []
+    with pytest.raises(ClusterError, match=r"3 processes of 1 CPUs and 0 GPUs each .* the cluster has no room for one"):
+        check_room(trio, [machine("a", 2)])
 
 
 def test_a_thousand_machines_are_no_work() -> None:

@@ -341,3 +341,54 @@ def test_a_killed_driver_leaves_nothing(tmp_path: Path) -> None:
     assert [process for process in left if process.status() != psutil.STATUS_ZOMBIE] == []
     assert not Path(directory).exists()
     assert guard.holders(directory) == set()
+
+
+@pytest.fixture(scope="module")
+def pairs(session: None) -> Iterator[RayGroup]:
+    """Workers of two processes each."""
+    group = RayGroup(handlers.setup, [Pool(cpus=0.3, most=1, members=2)])
+    yield group
+    group.close()
+
+
+def test_a_worker_of_two_processes_answers_once_and_can_meet_on_loopback(pairs: RayGroup) -> None:
+    outcome = run_units(pairs, [do("a", "nothing"), do("b", "nothing", "a")])
+    a, b = outcome.results["a"], outcome.results["b"]
+    assert (a["worker"], a["pid"]) == (b["worker"], b["pid"])
+    assert re.fullmatch(r"127\.0\.0\.1:\d+", a["address"])
+
+
+def test_a_failure_in_any_of_its_processes_is_the_units_and_they_begin_anew(pairs: RayGroup, tmp_path: Path) -> None:
+    """The first one, which waits for the other for good here, is ended too."""
+    failing = {"do": "fail", "kind": "retry", "message": "no second half"}
+    mark = tmp_path / "pid"
+    plan = [do("a", "sleep", mark=str(mark), others=failing)]
+    outcome = run_units(pairs, plan, max_attempts=2)
+    assert outcome.reason == "Unit a failed 2 times; the last time: no second half"
+    assert _until(lambda: _ended(int(mark.read_text())))
+    assert run_units(pairs, [do("b", "nothing")]).status == "done"
+
+
+def test_the_loss_of_any_of_its_processes_is_the_workers_and_no_attempt(pairs: RayGroup, tmp_path: Path) -> None:
+    mark = tmp_path / "pid"
+    thread = _signal_when_reported(mark, signal.SIGKILL)
+    events: list[Event | Instruction] = []
+    plan = [do("a", "nothing", others={"do": "sleep", "mark": str(mark)})]
+    outcome = run_units(pairs, plan, max_attempts=1, on_event=events.append)
+    thread.join()
+    assert outcome.status == "done"
+    assert [event.on_request for event in events if isinstance(event, WorkerLost)] == [False]
+
+
+def test_told_by_any_of_its_processes_the_first_gives_the_unit_back(pairs: RayGroup, tmp_path: Path) -> None:
+    marks = [tmp_path / "first", tmp_path / "second"]
+    thread = _signal_when_reported(marks[1], signal.SIGTERM)
+    events: list[Event | Instruction] = []
+    others = {"do": "linger", "mark": str(marks[1])}
+    outcome = run_units(
+        pairs, [do("a", "yield", mark=str(marks[0]), others=others)], max_attempts=1, on_event=events.append
+    )
+    thread.join()
+    assert outcome.status == "done"
+    assert [event for event in events if isinstance(event, UnitReturned)]
+    assert outcome.results["a"]["went on from"] == int(marks[0].read_text())

@@ -287,6 +287,6 @@ def test_the_loop_names_the_unit_that_ran_out_of_attempts() -> None:
     def fail(payload: object) -> dict[str, Any]:
         raise OSError("net")
 
-    group = InlineGroup(lambda worker, should_yield: fail)
+    group = InlineGroup(lambda worker, should_yield, membership: fail)
     outcome = run_units(group, [Unit("a", 0)], max_attempts=2, backoff=lambda unit, failures: 0.0)
     assert (outcome.status, outcome.unit, outcome.failures) == ("failed", "a", 2)

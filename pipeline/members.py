@@ -1,0 +1,57 @@
+"""The processes that train a block together (`lsi.group`): where they meet, and what they have to agree on.
+
+All of them run the same training unit. The first one alone commits, measures and is told to leave; the others read what it
+reads, step as it steps, and stand by for the next unit.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from cluster.group import ALONE, Membership
+
+# The first may measure and write for hours while the others wait; that one of them is gone is the driver's to find out.
+_PATIENCE = timedelta(days=30)
+_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+
+
+class Members:
+    """A process's place among them. `join` them before anything is agreed on."""
+
+    def __init__(self, membership: Membership = ALONE) -> None:
+        self.membership = membership
+        self.size = membership.size
+        self.leads = membership.rank == 0
+
+    def join(self, device: str) -> None:
+        """Returns when all are there. A process joins once; one without others does nothing."""
+        if self.size == 1:
+            return
+        host, _, port = self.membership.address.rpartition(":")
+        if host.startswith("127.") or host == "::1":
+            for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                os.environ.setdefault(variable, "lo")
+        # Left to itself the store would listen on every interface.
+        listening = _listen(host, int(port)) if self.leads else None
+        store = dist.TCPStore(host, int(port), self.size, self.leads, master_listen_fd=listening)
+        dist.init_process_group(
+            _BACKENDS[device], store=store, rank=self.membership.rank, world_size=self.size, timeout=_PATIENCE
+        )
+
+    def agree(self, number: int) -> int:
+        """The first one's number, for all: what it found on storage, which may have changed before another looks."""
+        if self.size == 1:
+            return number
+        told = torch.tensor(number, dtype=torch.int64)
+        dist.broadcast(told, 0)
+        return int(told)
+
+
+def _listen(host: str, port: int) -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family).detach()

@@ -1,0 +1,105 @@
+"""A block trained by a group of Ray's actors: the losses of one, the same bytes every time, and whoever of them is killed."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from running import Silent, checkpoint_hashes, run, tiny_config
+
+from cluster.events import Event, WorkerLost
+from cluster.scheduler import Instruction
+from pipeline.artifacts import RECORD
+from pipeline.driver import StoppedError
+from pipeline.graph import Node
+from pipeline.report import block_reports
+from pipeline.run import Finished, ray_workers
+
+# Sums of two parts instead of whole ones, and 2 · 8 steps after them; measured 4e-6.
+RELATIVE = 1e-4
+SIZE: dict[str, Any] = {
+    "data": {"samples": 30},  # the last batch, of two samples, leaves one of each to the members
+    "optimizer": {"batch_size": 4},
+    "schedule": {"kind": "sequential"},
+}
+GROUP = SIZE | {"compute": {"group": 2}, "cluster": {"workers": 1}}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("group") / "model")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path, short_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    config = tiny_config(model, short_text, tmp_path_factory.mktemp("undisturbed") / "run", **GROUP)
+    return run(config, workers=ray_workers)[0]
+
+
+def losses(finished: Finished) -> list[float]:
+    """Every epoch's mean training loss, and each block's at its end."""
+    blocks = block_reports(finished)
+    return [entry["training_loss"] for block in blocks for entry in block["history"]] + [b["loss"] for b in blocks]
+
+
+@pytest.mark.ray
+def test_two_actors_have_the_losses_of_one(
+    undisturbed: Finished, model: Path, short_text: Path, tmp_path: Path
+) -> None:
+    alone, _ = run(tiny_config(model, short_text, tmp_path / "run", **SIZE))
+    assert losses(undisturbed) == pytest.approx(losses(alone), rel=RELATIVE)
+    assert {a.key for a in undisturbed.graph.goals}.isdisjoint(a.key for a in alone.graph.goals)
+
+
+class Killer(Silent):
+    """Kills the group's other process when the second training unit has committed a step or more."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder, self.taken_up, self.lost = folder, [0], 0
+
+    def finished(self, node: Node, result: dict[str, Any]) -> None:
+        super().finished(node, result)
+        self.taken_up.append(result.get("taken_up_at_step", 0))
+        if node.name == "optimize/000/000":
+            below = psutil.Process().children(recursive=True)
+            actors = {
+                process.pid for process in below if process.cmdline()[:1] and "ray::Actor" in process.cmdline()[0]
+            }
+            (other,) = actors - {result["pid"]}
+            threading.Thread(target=self._kill, args=[other]).start()
+
+    def _kill(self, pid: int) -> None:
+        while not list(self.folder.glob(f"partial/*-step-00000[1-9]-*/{RECORD}")):
+            time.sleep(0.002)
+        os.kill(pid, signal.SIGKILL)
+
+    def event(self, event: Event | Instruction) -> None:
+        self.lost += isinstance(event, WorkerLost)
+
+
+@pytest.mark.ray
+def test_a_member_is_killed_and_the_group_goes_on_from_its_last_commit_to_the_same_bytes(
+    undisturbed: Finished, model: Path, short_text: Path, tmp_path: Path
+) -> None:
+    changed = GROUP | {"cluster": {"workers": 1, "commit_every_seconds": 0}}
+    report = Killer(tmp_path / "run")
+    finished, _ = run(tiny_config(model, short_text, tmp_path / "run", **changed), report, ray_workers)
+    assert report.lost
+    assert max(report.taken_up) > 0
+    assert checkpoint_hashes(finished.prepared.checkpoint) == checkpoint_hashes(undisturbed.prepared.checkpoint)
+    timeline = json.loads(finished.prepared.store.get("manifest.json"))["timeline"]
+    assert len({entry["pid"] for entry in timeline if entry["unit"].startswith("optimize")}) == 2
+
+
+def test_one_process_does_not_train_what_a_group_is_named_by(model: Path, short_text: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        StoppedError, match=r"compute.group is 2, but this worker is a group of 1: .* set compute.group"
+    ):
+        run(tiny_config(model, short_text, tmp_path / "run", **GROUP))
