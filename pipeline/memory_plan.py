@@ -14,6 +14,7 @@ from typing import Literal
 
 from lsi.factors import LARGEST_PART, SMALL
 from pipeline.artifacts import PIECE
+from pipeline.block_state import steps_per_epoch
 from pipeline.memory_terms import BlockMemory
 
 GIB = float(1 << 30)
@@ -156,6 +157,7 @@ class MemoryPlan(BlockMemory):
         if self._factored():
             self._factorize(moments)
         several = config.optimizer.epochs > 1
+        again = config.optimizer.epochs * steps_per_epoch(config) > 1
         begun, whole = self.state(steps_done=False), 4.0 * math.prod(self.shape.largest)
         chunk, passing = self._chunk_tokens(), self.passing_per_token()
         if config.method.clipping != "none" and config.method.clipping_start == "search":
@@ -166,7 +168,7 @@ class MemoryPlan(BlockMemory):
                 begun | {"one linear": wide, "activations": chunk * self._starting_per_token()},
                 cache,
             )
-        stepping = self.state(steps_done=True, best=several) | self.step_terms()
+        stepping = self.state(steps_done=again, best=several) | self.step_terms()
         moments.add("a step's backward pass", stepping, cache)
         update = self.state(steps_done=True, best=several) | {"gradients": 4 * self.trained_numbers()}
         moments.add("the optimizer's update", update | {"its temporaries": self._temporaries()}, cache)

@@ -83,7 +83,7 @@ def moments_of(plan: MemoryPlan, monkeypatch: pytest.MonkeyPatch) -> dict[str, f
     seen: dict[str, float] = {}
 
     def keep(moments: dict[str, dict[str, float]]) -> Peak:
-        others = ("process", "activation cache", "best state so far")
+        others = ("process", "activation cache", "best state so far", "libraries at work")
         seen.update(
             {name: sum(s for term, s in terms.items() if term not in others) for name, terms in moments.items()}
         )
