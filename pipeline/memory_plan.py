@@ -160,6 +160,10 @@ class MemoryPlan(BlockMemory):
         again = config.optimizer.epochs * steps_per_epoch(config) > 1
         begun, whole = self.state(steps_done=False), 4.0 * math.prod(self.shape.largest)
         chunk, passing = self._chunk_tokens(), self.passing_per_token()
+        first = {"one linear": self.making(self.shape.largest, training=False)}
+        moments.add(
+            "the first grids", begun | first | {"transformed weights": self._transformed(training=False)}, cache
+        )
         if config.method.clipping != "none" and config.method.clipping_start == "search":
             # The weight in float32, and as the product has it.
             wide = whole * (1.5 if self.engine.products == 2 else 1) + self._transformed(training=False)
