@@ -15,13 +15,14 @@ from typing import Literal
 from lsi.factors import LARGEST_PART, SMALL
 from pipeline.artifacts import PIECE
 from pipeline.block_state import steps_per_epoch
-from pipeline.memory_terms import BlockMemory
+from pipeline.memory_terms import BlockMemory, Engine
 
 GIB = float(1 << 30)
 # Resident memory of a worker that has imported torch, Ray and transformers and built the skeleton; measured, Linux.
 BASE = 0.68 * GIB
 # Of the driver, which has read the texts and made tokens and the plan, too.
 DRIVER = 1.05 * GIB
+DRIVER_DEEPSPEED = 0.10 * GIB
 # What a CUDA context takes on the host and on the device. Taken from other work with H100s, not measured here.
 CUDA_HOST, CUDA_CONTEXT = 2.0 * GIB, 0.6 * GIB
 
@@ -160,6 +161,10 @@ class MemoryPlan(BlockMemory):
         again = config.optimizer.epochs * steps_per_epoch(config) > 1
         begun, whole = self.state(steps_done=False), 4.0 * math.prod(self.shape.largest)
         chunk, passing = self._chunk_tokens(), self.passing_per_token()
+        first = {"one linear": self.making(self.shape.largest, training=False)}
+        moments.add(
+            "the first grids", begun | first | {"transformed weights": self._transformed(training=False)}, cache
+        )
         if config.method.clipping != "none" and config.method.clipping_start == "search":
             # The weight in float32, and as the product has it.
             wide = whole * (1.5 if self.engine.products == 2 else 1) + self._transformed(training=False)
@@ -243,6 +248,11 @@ class MemoryPlan(BlockMemory):
         moments.add("packing", {}, codes | {"a linear packed": 2 * packed, "pieces": 2 * PIECE})
         moments.add("a tensor around the blocks", {}, codes | {"a tensor and its bytes": outer})
         return moments.peaks("merge")
+
+
+def driver_memory(engine: Engine) -> float:
+    """Of the driver's process; it does not grow with the model."""
+    return DRIVER + DRIVER_DEEPSPEED * (engine.name == "deepspeed")
 
 
 def worker_peak(units: Mapping[str, UnitPeaks], place: Place) -> tuple[str, Peak]:

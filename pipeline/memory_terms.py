@@ -198,8 +198,9 @@ class BlockMemory:
 
     def _trained_part(self, steps_done: bool) -> dict[str, float]:
         numbers = self.trained_numbers()
-        # DeepSpeed has the values twice, its own and the optimizer's, and gradients of both for good.
-        terms = {"trained values": (4 if self.engine.name == "torch" else 16) * numbers}
+        # DeepSpeed has the values twice, its own and the optimizer's, and gradients of both for good; the rest is what one
+        # run came to (dense, half of LLaMA-2-70B's width), not counted.
+        terms = {"trained values": (4 if self.engine.name == "torch" else 22) * numbers}
         if steps_done and self.config.optimizer.steps == "adamw":
             terms["AdamW's moments"] = 8 * numbers
         return terms

@@ -14,7 +14,7 @@ from pipeline.config import RunConfig
 from pipeline.costs import Cost, Device
 from pipeline.errors import UserError
 from pipeline.estimate import Outline, estimate, outline, simulated
-from pipeline.memory_plan import BASE, DRIVER, Peak, worker_peak
+from pipeline.memory_plan import BASE, Peak, driver_memory, worker_peak
 from pipeline.optimize import TrainTask
 from pipeline.plan_choice import Choice, Limits, choose
 from pipeline.plan_shapes import block_shape
@@ -90,7 +90,7 @@ def memory_record(choice: Choice, limits: Limits) -> dict[str, Any]:
         "limits": {"host": limits.memory, "device": limits.gpu_memory},
         "units": {s: {"host": record(u.host), "device": record(u.device)} for s, u in choice.units.items()},
         "worker": {"stage": stage, "host": int(host.total)},
-        "driver": int(DRIVER),
+        "driver": int(driver_memory(choice.engine)),
         "process": int(BASE),
     }
 
