@@ -144,7 +144,7 @@ class TorchAttachment(Alone):
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         self._share([loss, *gradients])
-        finite = bool(torch.isfinite(torch.stack([loss, *[g.sum() for g in gradients]])).all())
+        finite = bool(torch.isfinite(torch.stack([loss, *[torch.linalg.vector_norm(g) for g in gradients]])).all())
         if finite:
             self.optimizer.step()
         # They are as large as what is trained, and nobody reads them after the step.

@@ -13,7 +13,7 @@ from pipeline import presets
 from pipeline.config import RunConfig, load_config, parse_config
 from pipeline.errors import UserError
 from pipeline.estimate import estimate, estimate_lines
-from pipeline.identity import claim, recorded_config
+from pipeline.identity import Resolved, claim, recorded_config
 from pipeline.store import open_store
 
 ROOT = Path(__file__).parent.parent.parent
@@ -99,7 +99,7 @@ def test_the_recipe_is_that_of_the_values_written_out() -> None:
 def test_a_run_keeps_its_values_when_the_preset_changes(tmp_path: Path) -> None:
     config = parse_config(tree(preset="ruled", storage={"run": str(tmp_path / "run")}))
     store = open_store(config.storage.run)
-    claim(store, config, None)
+    claim(store, config, Resolved(None, "torch"))
     (tmp_path / "ruled.yaml").write_text(RULED.replace("epochs: 5", "epochs: 6"))
     assert parse_config(tree(preset="ruled")).optimizer.epochs == 6
     assert recorded_config(store, {}) == config

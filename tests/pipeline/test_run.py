@@ -1,5 +1,6 @@
 """Whole runs in one process: what comes out, that it is the same every time, and that nothing committed is done again."""
 
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from pipeline.block_state import WEIGHTS_FILE, BlockResult
 from pipeline.driver import StoppedError
 from pipeline.errors import UserError
 from pipeline.evaluate_checkpoint import evaluate_checkpoint
+from pipeline.graph import Node
 from pipeline.packed_format import unpack_linear
 from pipeline.prepare import prepare
 from pipeline.report import artifacts_of
@@ -298,11 +300,11 @@ def test_a_driver_that_dies_in_the_merge_leaves_no_checkpoint_to_see(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte, really full when it is full."""
+    """A file system of four megabytes, really full when it is full."""
     folder = tmp_path / "small"
     folder.mkdir()
     mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True, check=False
     )
     if mount.returncode:
         pytest.skip("mounting a small file system needs root")
@@ -310,9 +312,23 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+class Filling(Silent):
+    """After some units somebody else takes the rest of the disk."""
+
+    def __init__(self, disk: Path) -> None:
+        super().__init__()
+        self.disk = disk
+
+    def finished(self, node: Node, result: dict[str, Any]) -> None:
+        super().finished(node, result)
+        if len(self.units) == 3:
+            left = shutil.disk_usage(self.disk).free
+            (self.disk / "other").write_bytes(bytes(left - (64 << 10)))
+
+
 def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(model: Path, short_text: Path, small_disk: Path) -> None:
     config = tiny_config(model, short_text, small_disk / "run", data={"samples": 64, "sequence_length": 32})
-    report = Silent()
+    report = Filling(small_disk)
     with pytest.raises(StoppedError, match="no room left"):
         run(config, report)
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
