@@ -117,13 +117,13 @@ class RayGroup:
 
     def _news(self, seat: Seat, ready: set[Any]) -> list[Event]:
         # The answers first: a unit that was done before its worker died is done.
-        steps = [(p, p.call, self._answer) for p in seat.processes]
-        steps += [(p, p.word, self._hear) for p in seat.processes]
-        steps += [(p, p.watch, self._end_of_watch) for p in seat.processes]
+        steps = {"call": self._answer, "word": self._hear, "watch": self._end_of_watch}
         events: list[Event] = []
-        for process, ref, step in steps:
-            if ref in ready and seat.worker in self._seats:
-                events += step(seat, process)
+        for awaited, step in steps.items():
+            for process in seat.processes:
+                # Looked up now: an answer may have had another word asked for, which is not there yet.
+                if getattr(process, awaited) in ready and seat.worker in self._seats:
+                    events += step(seat, process)
         return events + (self._overdue(seat) if seat.worker in self._seats else [])
 
     def _answer(self, seat: Seat, process: Process) -> list[Event]:
