@@ -46,8 +46,9 @@ class GroupEngine:
             for tensor in (*block.parameters(), *block.buffers()):
                 sent = tensor.clone(memory_format=torch.contiguous_format)
                 dist.broadcast(sent, group=self.members, group_src=0)
-                # Put in its place and not written over: others may hold it. Products depend on the layout in memory.
-                tensor.data = torch.empty_like(tensor).copy_(sent)
+                if not torch.equal(tensor, sent):  # what is equal anyway, as weights are, stays in memory once
+                    # Put in its place and not written over: others may hold it. Products depend on the layout in memory.
+                    tensor.data = torch.empty_like(tensor).copy_(sent)
         return GroupAttachment(block, parameters, steps, groups, self.members)
 
     def close(self) -> None:

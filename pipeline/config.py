@@ -507,6 +507,11 @@ class RunConfig(Section):
                 f"set compute.group to {samples} or less, or {key} to {group} or more"
             )
 
+    @property
+    def samples_of_a_step(self) -> int:
+        """Of a batch, the most that one process computes: a group shares it."""
+        return -(-self.optimizer.batch_size // self.compute.group)
+
     def recipe(self) -> dict[str, Any]:
         """All that decides the weights' bytes; where it runs, where it is stored and what it is measured on are left out."""
         whole = self.model_dump(mode="json")

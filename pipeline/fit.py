@@ -63,19 +63,30 @@ def check_memory(config: RunConfig, skeleton: Skeleton, dtype: torch.dtype, repo
     limits, shape = known_limits(config), block_shape(skeleton, config, dtype)
     units = MemoryPlan(shape, config, present_engine(config)).units()
     if fits(units, limits):
-        count = config.cluster.workers or 1
-        needed = count * config.compute.group * worker_peak(units, "host")[1].total + DRIVER
-        if config.cluster.address is None and config.cluster.memory_gib is None and needed > machine_memory():
-            report.message(
-                f"{count} workers and the driver may need {needed / GIB:.1f} GiB together, and this machine has "
-                f"{machine_memory() / GIB:.1f}: set cluster.workers to {max(1, int(count * machine_memory() / needed))}"
-            )
+        if config.cluster.address is None and config.cluster.memory_gib is None:
+            warn_of_workers(config, worker_peak(units, "host")[1].total, report)
         return
     place, (stage, peak, short) = next(iter(missing(units, limits).items()))
     settings = "; ".join(f"{line} ({why})" for line, why in choose(shape, config, limits).lines)
     raise UserError(
         f"a unit of stage {stage} needs {peak.total / GIB:.1f} GiB on the {place}, {short / GIB:.1f} GiB more than a worker has; it fits "
         f"with {settings}"
+    )
+
+
+def warn_of_workers(config: RunConfig, peak: float, report: Reporter) -> None:
+    """Say so where each process fits this machine, and all of them do not. peak: bytes of one."""
+    group, workers, here = config.compute.group, config.cluster.workers or 1, machine_memory()
+    needed = workers * group * peak + DRIVER
+    if needed <= here:
+        return
+    fitting = int((here - DRIVER) // peak)
+    remedy = (
+        f"cluster.workers to {fitting // group}" if fitting >= group else f"compute.group to {max(1, fitting)} or less"
+    )
+    report.message(
+        f"{workers * group} processes of workers and the driver may need {needed / GIB:.1f} GiB together, and this machine has "
+        f"{here / GIB:.1f}: set {remedy}"
     )
 
 

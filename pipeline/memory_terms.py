@@ -143,7 +143,7 @@ class BlockMemory:
     def backward(self) -> dict[str, float]:
         """The fullest linear in the backward pass, the last one first: gradients so far, what is kept of those that are to
         come, and what is made of itself."""
-        parts = self.config.optimizer.batch_size > self.engine.micro_batch
+        parts = self.config.samples_of_a_step > self.engine.micro_batch
         kept = sum(self._kept(shape) for shape in self.shape.linears)
         gradients = 4 * self.trained_numbers() if parts else 0.0
         fullest: dict[str, float] = {}

@@ -50,6 +50,11 @@ def plan(config: RunConfig, workers: Workers, speed: Device | None = None) -> di
     """All that `lsi plan` says. `speed`: what a calibration measured. Raises UserError for what cannot run, or fits nowhere."""
     found = outline(config)
     choice = choose_for(config, found, workers.limits)
+    if speed is not None and choice.engine.device != config.compute.device:
+        raise UserError(
+            f"--calibrate measures compute.device {config.compute.device}, and the plan is for workers on {choice.engine.device}: "
+            f"set compute.device to {choice.engine.device} and run it where the workers will be, or leave it out"
+        )
     whole = estimate(config, workers.count, found)
     whole["memory"] = memory_record(choice, workers.limits)
     whole["traffic"] = traffic(found)

@@ -49,7 +49,7 @@ def present_engine(config: RunConfig, device: Device | None = None) -> Engine:
     device = device or compute.device
     return Engine(
         device=device,
-        micro_batch=compute.micro_batch or config.optimizer.batch_size,
+        micro_batch=min(compute.micro_batch or config.samples_of_a_step, config.samples_of_a_step),
         recompute=compute.recompute,
         checkpoint=compute.checkpoint,
         name=compute.engine,

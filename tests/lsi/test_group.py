@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from member import train
+from material import NAMES, make_layer
+from member import METHOD, train
 from safetensors.torch import load_file
 
 from lsi.group import GroupEngine
+from lsi.reconstruct import Reconstruction
 
 HERE = Path(__file__).parent
 # A sum over two halves rounds otherwise than a sum over the whole batch; measured 2e-7.
@@ -69,3 +71,11 @@ def group_of_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_more_members_than_samples_are_refused() -> None:
     with pytest.raises(ValueError, match="a group of 1 for batches of 0 samples leaves 1 of its members without any"):
         GroupEngine(batch_size=0)
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_what_is_equal_in_all_members_stays_in_memory_once() -> None:
+    block = make_layer()
+    held = {name: block.get_submodule(name).weight.data_ptr() for name in NAMES}
+    trained = Reconstruction(block, NAMES, METHOD, engine=GroupEngine(batch_size=1))
+    assert {name: linear.weight.data_ptr() for name, linear in trained.linears.items()} == held

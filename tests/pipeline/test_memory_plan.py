@@ -23,8 +23,9 @@ from pipeline.calibrate import calibrated, random_block, random_factors
 from pipeline.call_arguments import made_up_arguments
 from pipeline.cli import app
 from pipeline.config import RunConfig, parse_config
+from pipeline.costs import Device
 from pipeline.errors import UserError
-from pipeline.memory_plan import BASE, GIB, MemoryPlan, Peak, worker_peak
+from pipeline.memory_plan import BASE, DRIVER, GIB, MemoryPlan, Peak, worker_peak
 from pipeline.plan import Workers, parse_size, plan
 from pipeline.plan_choice import Limits, choose, present_engine
 from pipeline.plan_shapes import BlockShape, block_shape
@@ -268,6 +269,14 @@ def test_a_calibration_measures_this_machine(config_only: Path) -> None:
     assert 1e-4 < speed.decompositions < 10
 
 
+def test_a_speed_of_another_device_than_the_plans_is_refused(config_only: Path) -> None:
+    config = parse_config(json.loads(config_only.read_text()))
+    with pytest.raises(
+        UserError, match=r"--calibrate measures compute.device cpu, and the plan is for workers on cuda"
+    ):
+        plan(config, Workers(limits=Limits(gpu_memory=80 * GIB)), Device(1e12, 1e10))
+
+
 # -- before a run -------------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +288,18 @@ def test_a_run_that_fits_no_worker_is_refused_before_any_work(
     with pytest.raises(UserError, match=r"needs 0\.\d GiB of host memory at the least .* more than the 0\.2 GiB"):
         prepare(config, Silent())
     prepare(tiny_config(model, short_text, tmp_path / "run", cluster={"memory_gib": 4}), Silent())
+
+
+def test_a_group_shares_the_batch_and_counts_by_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: dict[str, Any] = {"optimizer": {"batch_size": 3}, "storage": {"chunk_samples": 4}, "data": {"samples": 4}}
+    assert present_engine(given(512, **sizes)).micro_batch == 3
+    config = given(512, **sizes, compute={"group": 2}, cluster={"workers": 4})
+    assert present_engine(config).micro_batch == 2
+    monkeypatch.setattr(fit, "machine_memory", lambda: DRIVER + 5.5 * GIB)
+    report = Silent()
+    fit.warn_of_workers(config, GIB, report)
+    assert report.messages[0].startswith("8 processes of workers and the driver may need 9.1 GiB together")
+    assert report.messages[0].endswith("set cluster.workers to 2")
 
 
 def test_a_disk_that_is_too_small_is_refused(tmp_path: Path) -> None:
