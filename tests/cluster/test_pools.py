@@ -73,7 +73,9 @@ def test_refusals_name_what_there_is() -> None:
     ):
         check_room(Pool("Cpu", cpus=2), [machine("a", 1)])
     roomy = Machine("a", total={"CPU": 8, "memory": 16 << 30})
-    with pytest.raises(ClusterError, match=r"0 GPUs and 64 GiB each .* 0 GPUs, at most 16\.0 GiB of memory for workers"):
+    with pytest.raises(
+        ClusterError, match=r"0 GPUs and 64 GiB each .* 0 GPUs, at most 16\.0 GiB of memory for workers"
+    ):
         check_room(Pool("train", memory=64 << 30), [roomy])
     with pytest.raises(ClusterError, match="start Ray with --num-gpus"):
         check_room(TRAIN, [machine("a", 8)])
