@@ -30,7 +30,10 @@ class Pool:
 
     def __str__(self) -> str:
         together = f"{self.members} processes of " if self.members > 1 else ""
-        return f"{self.kind or 'any'} workers of {together}{self.cpus:g} CPUs and {self.gpus:g} GPUs each"
+        each = f"{self.cpus:g} CPUs and {self.gpus:g} GPUs"
+        if self.memory:
+            each = f"{self.cpus:g} CPUs, {self.gpus:g} GPUs and {self.memory / 2**30:g} GiB"
+        return f"{self.kind or 'any'} workers of {together}{each} each"
 
 
 @dataclass(frozen=True)
@@ -125,10 +128,12 @@ def check_room(pool: Pool, machines: Sequence[Machine]) -> None:
     if sum(room(machine.total, pool) for machine in machines) >= pool.members:
         return
     there = {name: sum(m.total.get(name, 0.0) for m in machines) for name in ("CPU", "GPU")}
+    memory = max((m.total.get("memory", 0.0) for m in machines), default=0.0)
+    most = f", at most {memory / 2**30:.1f} GiB of memory for workers on one" if pool.memory else ""
     remedy = "ask for smaller workers, or add machines"
     if pool.gpus and not there["GPU"]:
         remedy = "add machines with GPUs, start Ray with --num-gpus where it has not found them, or ask for no GPU"
     raise ClusterError(
         f"{str(pool)[:1].upper()}{str(pool)[1:]} were asked for, but {'the cluster has no' if pool.members > 1 else 'no machine of the cluster has'} room for one "
-        f"({len(machines)} machines, {there['CPU']:g} CPUs, {there['GPU']:g} GPUs): {remedy}."
+        f"({len(machines)} machines, {there['CPU']:g} CPUs, {there['GPU']:g} GPUs{most}): {remedy}."
     )

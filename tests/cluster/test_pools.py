@@ -72,6 +72,11 @@ def test_refusals_name_what_there_is() -> None:
         ClusterError, match=r"^Cpu workers of 2 CPUs .* \(1 machines, 1 CPUs, 0 GPUs\): ask for smaller"
     ):
         check_room(Pool("Cpu", cpus=2), [machine("a", 1)])
+    roomy = Machine("a", total={"CPU": 8, "memory": 16 << 30})
+    with pytest.raises(
+        ClusterError, match=r"0 GPUs and 64 GiB each .* 0 GPUs, at most 16\.0 GiB of memory for workers"
+    ):
+        check_room(Pool("train", memory=64 << 30), [roomy])
     with pytest.raises(ClusterError, match="start Ray with --num-gpus"):
         check_room(TRAIN, [machine("a", 8)])
     for impossible in (Pool(cpus=0), Pool(most=0), Pool(cpus=-1), Pool(most=-1)):
