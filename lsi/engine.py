@@ -63,7 +63,7 @@ class Attachment(Protocol):
     def export_state(self) -> dict[str, Tensor]:
         """value/NAME of every parameter, and first/NAME and second/NAME, AdamW's moments. Views, until the next step."""
 
-    def import_state(self, state: Mapping[str, Tensor], steps: int) -> None:
+    def import_state(self, state: dict[str, Tensor], steps: int) -> None:
         """Take up an exported state after `steps` updates: what follows equals, bit for bit, what it would have been."""
 
 
@@ -166,13 +166,13 @@ class TorchAttachment(Alone):
         return state
 
     @torch.no_grad()
-    def import_state(self, state: Mapping[str, Tensor], steps: int) -> None:
+    def import_state(self, state: dict[str, Tensor], steps: int) -> None:
         self.optimizer.state.clear()
         for name, parameter in self.parameters.items():
-            parameter.copy_(state[f"value/{name}"])
+            parameter.copy_(state.pop(f"value/{name}"))
             if f"first/{name}" in state:
                 self.optimizer.state[parameter] = {
                     "step": torch.tensor(float(steps - self.starts[name])),
-                    "exp_avg": state[f"first/{name}"].clone().to(parameter.device),
-                    "exp_avg_sq": state[f"second/{name}"].clone().to(parameter.device),
+                    "exp_avg": state.pop(f"first/{name}").clone().to(parameter.device),
+                    "exp_avg_sq": state.pop(f"second/{name}").clone().to(parameter.device),
                 }

@@ -279,11 +279,14 @@ class Reconstruction:
             state["tokens"] = torch.tensor(list(self.tokens.values()), dtype=torch.int64)
         return state
 
-    def import_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take up an exported state: from here every step equals, bit for bit, what it would have been there."""
-        steps, failed = (int(v) for v in state["steps"])
+    def import_state(self, state: dict[str, Tensor]) -> None:
+        """Take up an exported state: from here every step equals, bit for bit, what it would have been there.
+
+        The tensors are taken out of `state` one by one, so that what was read is not there beside all that is made of it.
+        """
+        steps, failed = (int(v) for v in state.pop("steps"))
         self.steps_done = steps
         self.status = "non_finite" if failed else "ok"
         if self.tokens:
-            self.tokens = dict(zip(self.tokens, state["tokens"].tolist(), strict=True))
+            self.tokens = dict(zip(self.tokens, state.pop("tokens").tolist(), strict=True))
         self.attachment.import_state(state, steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -215,27 +215,8 @@ def unpack_state(
     reconstruction, grids = _reconstruction(worker, block), under("grid/", tensors)
     began = {name: (grids[f"{name}/scale"], grids[f"{name}/zero"]) for name in reconstruction.linears}
     names = [name for name in tensors if name.startswith("state/")]
-    reconstruction.import_state(Once({name.removeprefix("state/"): tensors.pop(name) for name in names}))
+    reconstruction.import_state({name.removeprefix("state/"): tensors.pop(name) for name in names})
     return Trained(reconstruction, began), Best.unpack(best, tensors)
-
-
-class Once(Mapping[str, Tensor]):
-    """Hands out every tensor once and forgets it: what was read is not there beside all that is made of it."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors.pop(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.tensors
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -329,7 +329,7 @@ class DeepSpeedAttachment(Alone):
         return state
 
     @torch.no_grad()
-    def import_state(self, state: Mapping[str, Tensor], steps: int) -> None:
+    def import_state(self, state: dict[str, Tensor], steps: int) -> None:
         self._check()
         optimizer = self.held.zero.optimizer
         optimizer.state.clear()
@@ -343,10 +343,10 @@ class DeepSpeedAttachment(Alone):
                 "exp_avg_sq": torch.zeros_like(flat, requires_grad=False),
             }
         for name, parameter in self.parameters.items():
-            self.held.write(parameter, state[f"value/{name}"])
+            self.held.write(parameter, state.pop(f"value/{name}"))
             if moments and steps > self.starts[name]:
-                self.held.master(parameter, "exp_avg").copy_(state[f"first/{name}"])
-                self.held.master(parameter, "exp_avg_sq").copy_(state[f"second/{name}"])
+                self.held.master(parameter, "exp_avg").copy_(state.pop(f"first/{name}"))
+                self.held.master(parameter, "exp_avg_sq").copy_(state.pop(f"second/{name}"))
 
 
 @contextmanager
