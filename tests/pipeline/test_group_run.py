@@ -21,8 +21,9 @@ from pipeline.graph import Node
 from pipeline.report import block_reports
 from pipeline.run import Finished, ray_workers
 
-# Sums of two parts instead of whole ones, and 2 · 8 steps after them; measured 4e-6.
-RELATIVE = 1e-4
+# Sums of two parts instead of whole ones: nothing else in the first epoch's eight steps. Later some weight lands on the other
+# side of a rounding boundary, which in a model as small as this one is seen: measured 3e-3.
+FIRST, RELATIVE = 1e-5, 1e-2
 SIZE: dict[str, Any] = {
     "data": {"samples": 30},  # the last batch, of two samples, leaves one of each to the members
     "optimizer": {"batch_size": 4},
@@ -53,7 +54,9 @@ def test_two_actors_have_the_losses_of_one(
     undisturbed: Finished, model: Path, short_text: Path, tmp_path: Path
 ) -> None:
     alone, _ = run(tiny_config(model, short_text, tmp_path / "run", **SIZE))
-    assert losses(undisturbed) == pytest.approx(losses(alone), rel=RELATIVE)
+    (first, *later), (first_alone, *later_alone) = losses(undisturbed), losses(alone)
+    assert first == pytest.approx(first_alone, rel=FIRST)
+    assert later == pytest.approx(later_alone, rel=RELATIVE)
     assert {a.key for a in undisturbed.graph.goals}.isdisjoint(a.key for a in alone.graph.goals)
 
 
