@@ -1,6 +1,6 @@
 """One block trained by a group of processes: each computes its part of every batch, gradients are summed, all take the same step.
 
-A sum over n parts is another sum than over the whole batch: losses agree with one process's to rounding, about 1e-6, and not
+A sum over n parts is another sum than over the whole batch: losses agree with one process's to rounding (1e-6 in float32), and not
 to the byte. The size of the group is therefore part of what a result is named by. With the same size it repeats to the byte.
 """
 
