@@ -25,6 +25,7 @@ from cluster.units import ClusterError
 from cluster.versions import here
 from pipeline import deepspeed_ops
 from pipeline.config import DataConfig, RunConfig
+from pipeline.container import container_limit
 from pipeline.data import evaluation_data, read_beginning
 from pipeline.errors import UserError
 from pipeline.model_source import locate, open_model
@@ -121,16 +122,9 @@ def memory() -> Check:
         free, total = (int(lines[key].split()[0]) * 1024 for key in ("MemAvailable", "MemTotal"))
     except (OSError, KeyError, ValueError):
         return Check("memory", "cannot be told on this system", "note")
-    limit = _container_limit()
+    limit = container_limit()
     within = f", of which this container may have {limit / GIB:.1f}" if limit and limit < total else ""
     return Check("memory", f"{free / GIB:.1f} of {total / GIB:.1f} GiB free{within}")
-
-
-def _container_limit() -> int | None:
-    try:
-        return int(Path("/sys/fs/cgroup/memory.max").read_text())
-    except (OSError, ValueError):  # no container, or no limit ("max")
-        return None
 
 
 def scratch(folder: Path, needed: int) -> Check:

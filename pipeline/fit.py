@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from pipeline.config import RunConfig
+from pipeline.container import container_limit
 from pipeline.errors import UserError
 from pipeline.estimate import human_bytes, lay_out, simulated
 from pipeline.memory_plan import DRIVER, GIB, MemoryPlan, worker_peak
@@ -39,12 +40,7 @@ def known_limits(config: RunConfig) -> Limits:
 def machine_memory() -> float:
     """Of this machine, or of the container that the process is in."""
     total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            total = min(total, float(Path(file).read_text()))
-        except (OSError, ValueError):  # no such limit, or "max"
-            continue
-    return total
+    return min(total, container_limit() or total)
 
 
 def free_memory(device: str) -> float:
