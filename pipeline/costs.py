@@ -279,8 +279,8 @@ def factor_work(out: int, width: int, rank: int | None) -> float:
         return 14.0 * large * small**2 + 8.0 * small**3
     size = rank + max(16, rank // 8)
     products = 2.0 * out * width * size * (2 + 2 * ITERATIONS)
-    bases = 4.0 * size**2 * (out * (1 + ITERATIONS) + width * ITERATIONS)
-    return products + bases + 14.0 * width * size**2 + 8.0 * size**3
+    bases = 4.0 * size**2 * (out + width) * (1 + ITERATIONS)
+    return products + bases + 2.0 * width * size * rank + 22.0 * size**3
 
 
 def trained_numbers(config: RunConfig, shape: Shape) -> int:
