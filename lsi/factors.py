@@ -45,16 +45,11 @@ def factor_dtype(weight: Tensor, wanted: torch.dtype | None) -> torch.dtype:
 def factors_of(weight: Float[Tensor, "out in"], rank: int | None, dtype: torch.dtype) -> Factors:
     """The leading `rank` factors by the way that is faster for this shape, rounded to `dtype`.
 
-    In memory both lie column by column, as LAPACK leaves them: a product's sums depend on the layout, so there must be one.
+    In memory both lie row by row: a product's sums depend on the layout, so there must be one.
     """
     ranged = rank is not None and min(weight.shape) > SMALL and rank <= LARGEST_PART * min(weight.shape)
     left, right = leading(weight, rank) if ranged and rank is not None else factorize(weight, rank)
-    return by_columns(left.to(dtype)), by_columns(right.to(dtype))
-
-
-def by_columns(matrix: Tensor) -> Tensor:
-    """The same matrix, its columns one after another in memory."""
-    return matrix.T.contiguous().T
+    return left.to(dtype).contiguous(), right.to(dtype).contiguous()
 
 
 def factorize(weight: Float[Tensor, "out in"], rank: int | None = None) -> Factors:

@@ -70,15 +70,13 @@ def as_groups(groups: Sequence[Group], parameters: Mapping[str, nn.Parameter]) -
 
 
 def make_optimizer(
-    kind: Steps, groups: Sequence[Group], parameters: Mapping[str, nn.Parameter], *, fused: bool = False
+    kind: Steps, groups: Sequence[Group], parameters: Mapping[str, nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """AdamW without weight decay (the papers'), or signed steps. Either puts parameters back into their group's bounds.
-
-    fused: AdamW in one pass over memory, without temporaries; rounds otherwise.
-    """
+    """AdamW without weight decay (the papers'), or signed steps. Either puts parameters back into their group's bounds."""
     optimizer: torch.optim.Optimizer
     if kind == "adamw":
-        optimizer = torch.optim.AdamW(as_groups(groups, parameters), weight_decay=0.0, fused=fused)
+        # In one pass over memory, without temporaries.
+        optimizer = torch.optim.AdamW(as_groups(groups, parameters), weight_decay=0.0, fused=True)
     else:
         optimizer = SignedSteps(as_groups(groups, parameters))
     optimizer.register_step_post_hook(lambda stepped, arguments, keywords: project(stepped))

@@ -261,7 +261,7 @@ def client_optimizer(
         adam: torch.optim.Optimizer = DeepSpeedCPUAdam(as_groups(groups, parameters), weight_decay=0.0, adamw_mode=True)
         adam.register_step_post_hook(lambda stepped, arguments, keywords: project(stepped))
         return adam
-    return make_optimizer(steps, groups, parameters, fused=offload.optimizer)
+    return make_optimizer(steps, groups, parameters)
 
 
 class DeepSpeedAttachment(Alone):

@@ -50,11 +50,10 @@ def stored_factors(store: Store, compute: ComputeConfig) -> Factorizer:
         if found is None:
             left, right = factors_of(weight, rank, dtype)
             writer = Writer(store, artifact)
-            # Transposed: so they lie in memory, and files hold rows. Whoever reads them must get the same layout.
-            writer.write_tensors(FILE, {"left": left.T.cpu(), "right": right.T.cpu()})
+            writer.write_tensors(FILE, {"left": left.cpu(), "right": right.cpu()})
             writer.commit({})
             return left, right
-        return found["left"].to(weight.device).T, found["right"].to(weight.device).T
+        return found["left"].to(weight.device), found["right"].to(weight.device)
 
     return factors
 
