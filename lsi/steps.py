@@ -15,7 +15,10 @@ Bounds = tuple[float, float] | None
 
 
 class SignedSteps(torch.optim.Optimizer):
-    """p ← p − rate · sign(gradient) (SignRound, arXiv 2309.05516). No state: a step is as long as the schedule says."""
+    """p ← p − rate · sign(gradient) (SignRound, arXiv 2309.05516). No state: a step is as long as the schedule says.
+
+    Leaves signs in the place of the gradients, which takes no memory beside them.
+    """
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
         super().__init__(groups, {})
@@ -25,7 +28,7 @@ class SignedSteps(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    parameter.add_(parameter.grad.sign(), alpha=-group["lr"])
+                    parameter.add_(parameter.grad.sign_(), alpha=-group["lr"])
 
 
 def cosine(step: int, total: int) -> float:

@@ -253,7 +253,7 @@ def ds_settings(offload: Offload, largest: int, *, pinned: bool) -> dict[str, An
 def client_optimizer(
     steps: Steps, groups: Sequence[Group], parameters: Mapping[str, nn.Parameter], offload: Offload
 ) -> torch.optim.Optimizer:
-    """Plain torch's, or DeepSpeed's for the host; in host memory AdamW takes one pass and no temporaries."""
+    """Plain torch's, or DeepSpeed's for the host."""
     if steps == "adamw" and offload.adam == "cpu_adam":
         load_cpu_adam()
         from deepspeed.ops.adam import DeepSpeedCPUAdam

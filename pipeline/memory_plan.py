@@ -176,7 +176,7 @@ class MemoryPlan(BlockMemory):
         stepping = self.state(steps_done=again, best=several) | self.step_terms()
         moments.add("a step's backward pass", stepping, cache)
         update = self.state(steps_done=True, best=several) | {"gradients": 4 * self.trained_numbers()}
-        moments.add("the optimizer's update", update | {"its temporaries": self._temporaries()}, cache)
+        moments.add("the optimizer's update", update, cache)
         result, after = self.result_size(), self.state(steps_done=True, best=several)
         codes = {"codes of the result": result, "transformed weights": self._transformed(training=False)}
         moments.add(
@@ -189,13 +189,6 @@ class MemoryPlan(BlockMemory):
         if several:
             self._take_up(moments, cache)
         return moments.peaks("optimize")
-
-    def _temporaries(self) -> float:
-        """torch's AdamW: three tensors of the largest parameter's size on a CPU (one of them the parameter's before); on a GPU
-        one of all parameters'."""
-        if self.config.optimizer.steps != "adamw":
-            return 4 * self.largest_trained()
-        return 4 * self.trained_numbers() if self.cuda else 12 * self.largest_trained()
 
     def _writing(self) -> dict[str, float]:
         return {"a chunk on its way out": self.boundary(int(self._chunk_tokens() // self.config.data.sequence_length))}

@@ -69,11 +69,6 @@ class BlockMemory:
     def trained_numbers(self) -> float:
         return sum(self._trained_in(shape) for shape in self.shape.linears)
 
-    def largest_trained(self) -> float:
-        """Of the largest trained tensor."""
-        every = self.config.method.rounding == "learned" or (not self._factored() and self.increment.kind == "dense")
-        return float(math.prod(self.shape.largest)) if every else 2.0 * self.groups()
-
     def result_size(self) -> float:
         """Codes, scales and zero points."""
         return float(self.shape.weights + self.groups() * (self.shape.itemsize + 1))
