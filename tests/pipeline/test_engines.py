@@ -128,9 +128,7 @@ def engines() -> Iterator[dict[str, DeepSpeedEngine]]:
         *((name, "none") for name in ("dense-rounding-bounds", "warm")),
     ],
 )
-def test_every_step_is_plain_torch_s_to_the_bit(
-    engines: dict[str, DeepSpeedEngine], name: str, offload: str
-) -> None:
+def test_every_step_is_plain_torch_s_to_the_bit(engines: dict[str, DeepSpeedEngine], name: str, offload: str) -> None:
     plain, other = begin(METHODS[name]), begin(METHODS[name], engines[offload])
     expected, losses = steps(plain), steps(other)
     assert losses == expected
