@@ -25,6 +25,7 @@ from cluster.units import ClusterError
 log = logging.getLogger("lsi.ray")
 
 _CONNECT_SECONDS = 3.0
+_LATE = "timed out during startup"  # Ray waits for its own node for 30 s, which a busy machine may pass
 _LONGEST_DIRECTORY = 40  # a socket's path has at most 107 bytes, and Ray puts 65 after its directory
 _OBJECT_STORE = 128 * 2**20  # payloads and results are small: what units read and write is on storage
 
@@ -76,6 +77,26 @@ def _where_to_look(url: str, token: Path) -> list[str]:
 
 
 def _start(cpus: int | None, dashboard: bool, directory: str) -> str:
+    """A private Ray, at the second attempt if the first one was only late."""
+    try:
+        return _start_once(cpus, dashboard, directory)
+    except Exception as late:
+        if _LATE not in str(late):
+            raise
+        log.warning("Ray has not started within its time; once more")
+    guard.end_all(directory, spare=os.getpid())
+    try:
+        return _start_once(cpus, dashboard, directory)
+    except Exception as late:
+        if _LATE not in str(late):
+            raise
+        raise ClusterError(
+            "Ray has twice not started within the 30 seconds that it gives itself: this machine is too busy or short of memory; "
+            "give the same command again when it is not, what was committed is taken up."
+        ) from late
+
+
+def _start_once(cpus: int | None, dashboard: bool, directory: str) -> str:
     try:
         return _init(
             address="local",
