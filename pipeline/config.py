@@ -240,7 +240,8 @@ class ClusterConfig(Section):
     """Where it runs; changes nothing in the result."""
 
     address: str | None = Field(
-        None, description="a Ray cluster (host:port, or auto on one of its machines); null: start Ray on this machine"
+        None,
+        description="a Ray cluster (host:port, or auto on one of its machines); null or local: start Ray on this machine",
     )
     workers: int | None = Field(
         None,
@@ -265,6 +266,11 @@ class ClusterConfig(Section):
     commit_every_seconds: float = Field(
         120, ge=0, description="a training unit commits its state so often; 0: after every step"
     )
+
+    @field_validator("address")
+    @classmethod
+    def _local_is_here(cls, address: str | None) -> str | None:
+        return None if address == "local" else address
 
 
 # Of `compute`: what moves work and memory about and changes no bit of any result.

@@ -430,3 +430,10 @@ def test_recorded_run_holds_no_storage_options() -> None:
     assert b"hunter2" not in store.get(RUN_FILE)
     assert b"options" not in store.get(RUN_FILE)
     assert recorded_config(store, options) == config
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("local", None), (None, None), ("auto", "auto"), ("head:6379", "head:6379")]
+)
+def test_a_local_cluster_is_this_machine(given: str | None, meant: str | None) -> None:
+    assert parse_config(tree(cluster={"address": given})).cluster.address == meant
