@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from lsi.engine import Later
 from pipeline.store import Buffer, DamagedObjectError, Data, Store, iter_pieces
 from pipeline.tensors import TensorFileError, deserialize, gather, read_pieces, serialize
 
@@ -130,7 +131,7 @@ class Writer:
                 self.drop()
             raise
 
-    def write_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor | Later]) -> None:
         self.write(name, partial(serialize, tensors))
 
     def commit(self, meta: dict[str, Any]) -> Record:

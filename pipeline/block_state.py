@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lsi.block import get_linear, load_quantized, sharing_copy
+from lsi.engine import Later
 from lsi.equivalence import load_tensors
 from lsi.grid import QuantizedWeight, quantize, widened
 from lsi.increment import DEFAULT_LEARNING_RATE
@@ -200,12 +202,18 @@ def _reconstruction(worker: Worker, block: int) -> Reconstruction:
     return reconstruction
 
 
-def pack_state(trained: Trained, best: Best | None) -> dict[str, Tensor]:
+def pack_state(trained: Trained, best: Best | None) -> dict[str, Tensor | Later]:
     """All that training goes on from. Views where the block is on the CPU: write them before the next step."""
-    state = {f"state/{name}": tensor.cpu() for name, tensor in trained.reconstruction.export_state().items()}
+    state: dict[str, Tensor | Later] = {}
+    for name, later in trained.reconstruction.export_lazily().items():
+        state[f"state/{name}"] = replace(later, make=partial(_on_cpu, later))
     for name, (scale, zero) in trained.grids.items():
         state |= {f"grid/{name}/scale": scale.cpu(), f"grid/{name}/zero": zero.cpu()}
     return state | (best.tensors() if best else {})
+
+
+def _on_cpu(later: Later) -> Tensor:
+    return later.make().cpu()
 
 
 def unpack_state(

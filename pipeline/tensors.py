@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lsi.engine import Later
 from pipeline.store import Store
 
 _NAMES = {
@@ -94,10 +95,16 @@ def write_lazily(
         yield tensor_bytes(tensor)
 
 
-def serialize(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
-    """A safetensors file of tensors in memory, in pieces. Equal tensors give equal bytes."""
+def serialize(tensors: Mapping[str, Tensor | Later]) -> Iterator[memoryview]:
+    """A safetensors file of tensors, in pieces, those that are not in memory being made one by one. Equal tensors give equal
+    bytes."""
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    return write_lazily(layout, tensors.__getitem__)
+
+    def produce(name: str) -> Tensor:
+        tensor = tensors[name]
+        return tensor.make() if isinstance(tensor, Later) else tensor
+
+    return write_lazily(layout, produce)
 
 
 def parse_header(text: bytes) -> dict[str, TensorEntry]:
