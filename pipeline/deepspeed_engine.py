@@ -403,13 +403,14 @@ class DeepSpeedAttachment:
 
     def _later(self, word: Word, name: str) -> Later:
         number, parameter = list(self.parameters).index(name), self.held.parameters[name]
+        shape: torch.Size = parameter.__dict__["ds_shape"]
 
         def make() -> Tensor:
             self._check()
             self.partners.tell(word, number)
             return self._collected(word, number)
 
-        return Later(torch.float32, tuple(parameter.ds_shape), make)
+        return Later(torch.float32, tuple(shape), make)
 
     @torch.no_grad()
     def import_state(self, state: dict[str, Tensor], steps: int) -> None:

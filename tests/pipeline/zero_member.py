@@ -22,15 +22,15 @@ from lsi.linear import Parts
 from lsi.reconstruct import Method, Reconstruction
 from pipeline.deepspeed_engine import DeepSpeedEngine, Offload
 
-# Groups of 33 columns in 99: tensors of odd sizes, whose last part is filled up.
-HIDDEN, INNER = 66, 99
+# Odd, so that the second member's part of many tensors is filled up.
+HIDDEN, INNER, GROUP = 63, 105, 21
 NAMES = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
-# Two members: the last batch leaves one of them without a sample, the first without a micro-batch of its own.
+# Of two members the last batch leaves one without a sample, and the first batch gives one of them a micro-batch more.
 SAMPLES = (3, 2, 4, 1)
 STEPS = 8
 LEARNED = Parts("learned", Increment("corner", corner=4), False, torch.float32)
 DIRECT = Parts("direct", Increment("dense"), True, torch.float32)
-METHOD = Method(Grid(3, 33, False), LEARNED, {"clipping": 1e-2, "increment": 1e-2, "rounding": 1e-2}, STEPS)
+METHOD = Method(Grid(3, GROUP, False), LEARNED, {"clipping": 1e-2, "increment": 1e-2, "rounding": 1e-2}, STEPS)
 METHODS = {
     "dense": replace(METHOD, parts=DIRECT),
     "micro-batches": replace(METHOD, micro_batch=1),
@@ -42,7 +42,7 @@ Batch = tuple[Tensor, Tensor, dict[str, Any]]
 
 def layer_config() -> LlamaConfig:
     config = LlamaConfig(
-        hidden_size=HIDDEN, intermediate_size=INNER, num_attention_heads=3, num_key_value_heads=3, head_dim=22
+        hidden_size=HIDDEN, intermediate_size=INNER, num_attention_heads=3, num_key_value_heads=3, head_dim=14
     )
     config._attn_implementation = "sdpa"
     return config
@@ -143,6 +143,7 @@ def holds_a_part(found: Found, engine: DeepSpeedEngine) -> None:
     steps(trained, range(1))
     held = trained.attachment.held
     parameters = list(trained.block.parameters())
+    found.numbers["tensors"] = len(parameters)
     found.numbers["whole"] = sum(p.ds_numel for p in parameters)
     found.numbers["parts"] = sum(p.ds_tensor.numel() for p in parameters)
     found.numbers["outside of parts"] = sum(p.numel() for p in parameters)
