@@ -160,6 +160,10 @@ class MemoryPlan(BlockMemory):
         several = config.optimizer.epochs > 1
         again = config.optimizer.epochs * steps_per_epoch(config) > 1
         begun, whole = self.state(steps_done=False), 4.0 * math.prod(self.shape.largest)
+        if self.engine.parts > 1:
+            self._cut_up(moments, cache)
+            # Every member builds it whole, and keeps the weights until it has begun.
+            begun |= {"the block's weights, whole": self.block} | self.together()
         chunk, passing = self._chunk_tokens(), self.passing_per_token()
         first = {"one linear": self.making(self.shape.largest, training=False)}
         moments.add(
@@ -181,14 +185,24 @@ class MemoryPlan(BlockMemory):
         codes = {"codes of the result": result, "transformed weights": self._transformed(training=False)}
         moments.add(
             "codes of the result",
-            after | codes | {"one linear": self.making(self.shape.largest, training=False)},
+            after | codes | {"one linear": self.making(self.shape.largest, training=False)} | self.together(),
             cache,
         )
         measured = {"codes of the result": result, "the block as it is loaded": self.block}
+        if self.engine.parts > 1:
+            measured["the block's weights, whole"] = self.block
         moments.add("measuring", after | measured | {"activations": chunk * passing}, cache | self._writing())
         if several:
             self._take_up(moments, cache)
         return moments.peaks("optimize")
+
+    def _cut_up(self, moments: _Moments, cache: Terms) -> None:
+        """A block of which every member of a group is to keep a part."""
+        whole = self._frozen_part() | {"trained values": 4 * self.trained_numbers()}
+        if self.cuda and self.engine.offload_parameters:
+            moments.add("a block before it is cut up", {"weights": self.block}, dict(cache) | whole)
+        else:
+            moments.add("a block before it is cut up", whole, cache)
 
     def _temporaries(self) -> float:
         """torch's AdamW: three tensors of the largest parameter's size on a CPU (one of them the parameter's before); on a GPU
@@ -204,6 +218,8 @@ class MemoryPlan(BlockMemory):
         """A state is read from storage while the block is made anew, and taken over."""
         state = 4.0 * self.trained_numbers() * (3 if self.config.optimizer.steps == "adamw" else 1) + self.result_size()
         begun = self.state(steps_done=False)
+        if self.engine.parts > 1:
+            begun["the block's weights, whole"] = self.block
         host = {"a state that is read": state + self._read(state)}
         moments.add("taking up a state", begun, dict(cache) | host)
 

@@ -56,6 +56,7 @@ def present_engine(config: RunConfig, device: Device | None = None) -> Engine:
         products=products(config, device),
         offload_parameters=compute.offloads_parameters,
         offload_optimizer=compute.offloads_optimizer,
+        parts=compute.group if compute.partitions else 1,
     )
 
 
@@ -75,7 +76,8 @@ def candidates(config: RunConfig, engine: Engine) -> Iterator[tuple[Engine, tupl
     engines = [engine]
     # It takes no equivalent transformation; and where all is in host memory anyway, it holds more and not less.
     if "engine" not in explicit and engine.device == "cuda" and not config.method.equivalence and not engine.checkpoint:
-        engines.append(replace(engine, name="deepspeed", offload_parameters=True, offload_optimizer=True))
+        away = {"offload_parameters": True, "offload_optimizer": True}
+        engines.append(replace(engine, name="deepspeed", parts=config.compute.group, **away))
     for base in engines:
         for recompute, checkpoint in _repetitions(explicit, base):
             for size in sizes:
