@@ -93,7 +93,8 @@ class Attachment(Protocol):
         """Of a group's first: nothing is read any more until the next step."""
 
     def import_state(self, state: dict[str, Tensor], steps: int) -> None:
-        """Take up an exported state after `steps` updates: what follows equals, bit for bit, what it would have been."""
+        """Take up an exported state after `steps` updates: what follows equals, bit for bit, what it would have been. A process
+        that holds parts may be given its own, flat."""
 
 
 @runtime_checkable

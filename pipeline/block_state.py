@@ -21,7 +21,9 @@ from pipeline.activations import quantize_activations
 from pipeline.artifacts import Artifact, read_tensors
 from pipeline.config import RunConfig
 from pipeline.factors import stored_factors
+from pipeline.partition import bounds
 from pipeline.store import Store
+from pipeline.tensors import Part, TensorEntry, all_of
 from pipeline.worker import Context, Worker
 
 WEIGHTS_FILE = "quantized.safetensors"
@@ -212,6 +214,22 @@ def pack_state(trained: Trained, best: Best | None) -> dict[str, Tensor | Later]
     return state | (best.tensors() if best else {})
 
 
+def own_part(worker: Worker) -> Part:
+    """What a process reads of a packed state: of a group that holds a block in parts, its part of every trained tensor."""
+    if not worker.config.compute.partitions:
+        return all_of
+    rank, size = worker.members.membership.rank, worker.members.size
+
+    def part(name: str, entry: TensorEntry) -> TensorEntry:
+        if not name.startswith(("state/value/", "state/first/", "state/second/")):
+            return entry
+        start, stop = bounds(math.prod(entry.shape), rank, size)
+        width = entry.dtype.itemsize
+        return TensorEntry(entry.dtype, (stop - start,), entry.start + start * width, entry.start + stop * width)
+
+    return part
+
+
 def _on_cpu(later: Later) -> Tensor:
     return later.make().cpu()
 
@@ -219,7 +237,10 @@ def _on_cpu(later: Later) -> Tensor:
 def unpack_state(
     worker: Worker, block: int, tensors: dict[str, Tensor], best: dict[str, Any] | None
 ) -> tuple[Trained, Best | None]:
-    """The inverse of `pack_state`; `best` is what `Best.meta` gave. Takes the state out of `tensors`, and lets go of it."""
+    """The inverse of `pack_state`; `best` is what `Best.meta` gave. Takes the state out of `tensors`, and lets go of it.
+
+    Of the state its `own_part` is enough.
+    """
     reconstruction, grids = _reconstruction(worker, block), under("grid/", tensors)
     began = {name: (grids[f"{name}/scale"], grids[f"{name}/zero"]) for name in reconstruction.linears}
     names = [name for name in tensors if name.startswith("state/")]

@@ -496,17 +496,22 @@ class RunConfig(Section):
 
     def _check_group(self) -> None:
         group = self.compute.group
-        sizes = {
-            "optimizer.batch_size": self.optimizer.batch_size,
-            "storage.chunk_samples": self.storage.chunk_samples,
-            "data.samples": self.data.samples,
-        }
-        key, samples = min(sizes.items(), key=lambda item: item[1])
+        key, samples = self.fewest_samples
         if group > samples:
             raise ValueError(
                 f"compute.group {group} has more members than a batch has samples ({samples}, by {key}): "
                 f"set compute.group to {samples} or less, or {key} to {group} or more"
             )
+
+    @property
+    def fewest_samples(self) -> tuple[str, int]:
+        """What bounds the samples of a batch that is not cut short, and how many these are."""
+        sizes = {
+            "optimizer.batch_size": self.optimizer.batch_size,
+            "storage.chunk_samples": self.storage.chunk_samples,
+            "data.samples": self.data.samples,
+        }
+        return min(sizes.items(), key=lambda item: item[1])
 
     @property
     def samples_of_a_step(self) -> int:

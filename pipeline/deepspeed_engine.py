@@ -182,8 +182,8 @@ class Held:
 
     @torch.no_grad()
     def write(self, parameter: Any, value: Tensor) -> None:
-        """A parameter's new value, of which this process keeps its part."""
-        partition, part = parameter.ds_tensor, self.partners.own(value.reshape(-1))
+        """A parameter's new value, of which this process keeps its part; or that part."""
+        partition, part = parameter.ds_tensor, self.own(parameter, value)
         if parameter.requires_grad:
             partition[: len(part)].copy_(part)
             self.write_master(parameter, None, value)
@@ -192,9 +192,13 @@ class Held:
         else:
             partition[: len(part)].copy_(part)
 
+    def own(self, parameter: Any, value: Tensor) -> Tensor:
+        """This process's part, flat, of a value or of what is that part already."""
+        return self.partners.own(value.reshape(-1)) if value.numel() == parameter.ds_numel else value
+
     def write_master(self, parameter: Any, key: str | None, value: Tensor) -> None:
         """The optimizer's own copy of a trained parameter, or one of its moments."""
-        part = self.partners.own(value.reshape(-1))
+        part = self.own(parameter, value)
         self.master(parameter, key)[: len(part)].copy_(part)
 
     def master(self, parameter: Any, key: str | None) -> Tensor:

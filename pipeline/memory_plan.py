@@ -216,7 +216,8 @@ class MemoryPlan(BlockMemory):
 
     def _take_up(self, moments: _Moments, cache: Terms) -> None:
         """A state is read from storage while the block is made anew, and taken over."""
-        state = 4.0 * self.trained_numbers() * (3 if self.config.optimizer.steps == "adamw" else 1) + self.result_size()
+        numbers = self.trained_numbers() * (3 if self.config.optimizer.steps == "adamw" else 1)
+        state = 4.0 * numbers / self.engine.parts + self.result_size()
         begun = self.state(steps_done=False)
         if self.engine.parts > 1:
             begun["the block's weights, whole"] = self.block

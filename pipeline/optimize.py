@@ -34,6 +34,7 @@ from pipeline.block_state import (
     begin,
     make_method,
     number,
+    own_part,
     pack_state,
     result_of,
     unpack_state,
@@ -176,7 +177,7 @@ class TrainTask(DoneByAll):
         del held  # before there is another block beside it
         if self.previous is None:
             return begin(worker, self.block), None, []
-        tensors = read_tensors(worker.store, self.previous, STATE_FILE)
+        tensors = read_tensors(worker.store, self.previous, STATE_FILE, own_part(worker))
         assert record is not None, "read_tensors refuses what has no record"
         return *unpack_state(worker, self.block, tensors, record.meta["best"]), record.meta["history"]
 

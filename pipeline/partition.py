@@ -25,6 +25,12 @@ class Word(IntEnum):
     SECOND_MOMENT = 5
 
 
+def bounds(numbers: int, rank: int, size: int) -> tuple[int, int]:
+    """Which of a tensor's numbers a member holds, first and one past the last; of the last members some hold fewer or none."""
+    length = -(-numbers // size)
+    return min(rank * length, numbers), min((rank + 1) * length, numbers)
+
+
 class Partners:
     """All processes of torch's default group; one alone has no others to wait for."""
 
@@ -32,9 +38,9 @@ class Partners:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def own(self, flat: Tensor) -> Tensor:
-        """This process's part of a tensor's numbers; the last ones' may be shorter, or nothing."""
-        length = -(-flat.numel() // self.size)
-        return flat[self.rank * length : (self.rank + 1) * length]
+        """This process's part of a tensor's numbers."""
+        start, stop = bounds(flat.numel(), self.rank, self.size)
+        return flat[start:stop]
 
     def tell(self, word: Word, number: int = 0) -> None:
         """Of the first one. Raises RuntimeError in another."""
