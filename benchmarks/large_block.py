@@ -187,7 +187,9 @@ def main() -> None:
     parser.add_argument("--increment", choices=["diagonal", "dense"], default="diagonal")
     parser.add_argument("--rank", type=int, help="leading singular values; default: all")
     parser.add_argument("--engine", choices=["torch", "deepspeed"], default="torch")
-    parser.add_argument("--group", type=int, default=1, help="actors for one block; the worker's peak is the first one's")
+    parser.add_argument(
+        "--group", type=int, default=1, help="actors for one block; the worker's peak is the first one's"
+    )
     parser.add_argument("--scale", type=int, default=1, help="divide every width by this")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--length", type=int, default=64)

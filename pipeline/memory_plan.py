@@ -179,8 +179,10 @@ class MemoryPlan(BlockMemory):
             )
         stepping = self.state(steps_done=again, best=several) | self.step_terms()
         moments.add("a step's backward pass", stepping, cache)
-        update = self.state(steps_done=True, best=several) | {"gradients": 4 * self.trained_numbers()}
-        moments.add("the optimizer's update", update | {"its temporaries": self._temporaries()}, cache)
+        update = self.state(steps_done=True, best=several)
+        if self.engine.parts == 1:  # in parts, gradients are among the values, and one pass takes them
+            update |= {"gradients": 4 * self.trained_numbers(), "its temporaries": self._temporaries()}
+        moments.add("the optimizer's update", update, cache)
         result, after = self.result_size(), self.state(steps_done=True, best=several)
         codes = {"codes of the result": result, "transformed weights": self._transformed(training=False)}
         moments.add(
