@@ -20,8 +20,8 @@ from pipeline.costs import factored, size_of_factors
 from pipeline.plan_shapes import BlockShape
 
 # What a process in training holds beside tensors: buffers of products, and what malloc keeps of tensors below 32 MiB. Then
-# DeepSpeed's modules. Both measured on Linux.
-WORK, DEEPSPEED = 0.10 * 2**30, 0.05 * 2**30
+# DeepSpeed's modules, and what malloc keeps where tensors are put together from parts. All measured on Linux.
+WORK, DEEPSPEED, IN_PARTS = 0.10 * 2**30, 0.05 * 2**30, 0.10 * 2**30
 
 
 @dataclass(frozen=True)
@@ -204,6 +204,7 @@ class BlockMemory:
         terms = {"grids": self.groups() * (self.shape.itemsize + 1.0)}
         if not self.cuda:
             terms["libraries at work"] = WORK + DEEPSPEED * (self.engine.name == "deepspeed")
+            terms["libraries at work"] += IN_PARTS * (self.engine.parts > 1)
         if self.increment.kind == "dense" and not self._factored():
             terms["grids"] += 4.0 * self.groups()
         if best:
