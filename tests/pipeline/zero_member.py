@@ -21,6 +21,7 @@ from lsi.increment import Increment
 from lsi.linear import Parts
 from lsi.reconstruct import Method, Reconstruction
 from pipeline.deepspeed_engine import DeepSpeedEngine, Offload
+from pipeline.partition import bounds
 
 # Odd, so that the second member's part of many tensors is filled up.
 HIDDEN, INNER, GROUP = 63, 105, 21
@@ -124,7 +125,8 @@ def codes_of(trained: Reconstruction) -> Iterator[tuple[str, Tensor]]:
 
 
 def goes_on(found: Found, engine: DeepSpeedEngine) -> None:
-    """Read out in mid-epoch, once before and once after parts have joined, and taken up where another block was trained."""
+    """Read out in mid-epoch, once before and once after parts have joined, and taken up where another block was trained: whole,
+    and as each member's own part."""
     for name, stop in (("dense", 3), ("warm", 2), ("warm", 5)):
         first = begin(METHODS[name], engine)
         losses = steps(first, range(stop))
@@ -132,10 +134,15 @@ def goes_on(found: Found, engine: DeepSpeedEngine) -> None:
         losses += steps(first, range(stop, stop + 1))
         steps(begin(METHODS[name], engine, seed=5), range(1))
         second = begin(METHODS[name], engine, seed=0)
-        second.import_state(state)
+        second.import_state(state if name == "dense" else {key: own_part(key, tensor) for key, tensor in state.items()})
         losses[stop:] = steps(second, range(stop, STEPS))
         found.numbers[f"{name}-from-{stop}/losses"] = losses
         found.state(f"{name}-from-{stop}", second)
+
+
+def own_part(name: str, tensor: Tensor) -> Tensor:
+    start, stop = bounds(tensor.numel(), dist.get_rank(), dist.get_world_size())
+    return tensor if name == "steps" else tensor.flatten()[start:stop]
 
 
 def holds_a_part(found: Found, engine: DeepSpeedEngine) -> None:
