@@ -4,14 +4,25 @@ import json
 import os
 import subprocess
 import sys
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from zero_member import METHODS, begin, steps
+
+from cluster.group import Membership
+from lsi.engine import Later
+from pipeline.artifacts import Artifact, Writer, read_tensors
+from pipeline.block_state import own_part
+from pipeline.config import ComputeConfig
+from pipeline.members import Members
+from pipeline.store import open_store
 
 HERE = Path(__file__).parent
 # Sums of two parts, and fused AdamW; measured 2e-7.
@@ -120,6 +131,36 @@ def test_all_begin_with_what_the_first_has(members: list[Came], name: str) -> No
     """Other factors elsewhere, an engine that the first alone has let go of."""
     for member in members:
         assert member.numbers[f"{name}/losses"] == member.numbers["micro-batches/losses"]
+
+
+def test_a_stored_state_is_whole_and_each_member_reads_its_part() -> None:
+    store = open_store(f"memory://{uuid.uuid4().hex}")
+    artifact = Artifact("state", "block-000", "0" * 64)
+    values, steps = torch.arange(15.0).view(3, 5), torch.tensor([2, 0])
+    made: list[int] = []
+
+    def make() -> Tensor:
+        made.append(len(made))
+        return values
+
+    writer = Writer(store, artifact)
+    later = Later(torch.float32, (3, 5), make)
+    writer.write_tensors("state.safetensors", {"state/steps": steps, "state/value/a": later, "grid/a/scale": values})
+    writer.commit({})
+    assert len(made) == 1, "put together more than once"
+    whole = read_tensors(store, artifact, "state.safetensors")
+    assert same(whole, {"state/steps": steps, "state/value/a": values, "grid/a/scale": values})
+    parts = []
+    for rank in range(2):
+        worker: Any = SimpleNamespace(
+            config=SimpleNamespace(compute=ComputeConfig(engine="deepspeed", group=2)),
+            members=Members(Membership(rank, 2, "127.0.0.1:1")),
+        )
+        found = read_tensors(store, artifact, "state.safetensors", own_part(worker))
+        parts.append(found.pop("state/value/a"))
+        assert same(found, {"state/steps": steps, "grid/a/scale": values})
+    assert [len(part) for part in parts] == [8, 7]
+    assert torch.cat(parts).equal(values.flatten())
 
 
 def test_nothing_offloaded_is_the_same(members: list[Came]) -> None:
