@@ -104,6 +104,7 @@ def configuration(arguments: argparse.Namespace, model: Path, run: Path) -> dict
     # Only what was asked for: a value that is given is one that a plan leaves alone.
     compute = {
         "engine": arguments.engine,
+        "group": arguments.group,
         "threads": arguments.threads,
         "micro_batch": arguments.micro_batch,
         "recompute": arguments.recompute,
@@ -186,6 +187,9 @@ def main() -> None:
     parser.add_argument("--increment", choices=["diagonal", "dense"], default="diagonal")
     parser.add_argument("--rank", type=int, help="leading singular values; default: all")
     parser.add_argument("--engine", choices=["torch", "deepspeed"], default="torch")
+    parser.add_argument(
+        "--group", type=int, default=1, help="actors for one block; the worker's peak is the first one's"
+    )
     parser.add_argument("--scale", type=int, default=1, help="divide every width by this")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--length", type=int, default=64)

@@ -6,24 +6,42 @@ module of the same structure; whoever reads tensors outside a forward pass does 
 
     attachment = engine.attach(block, linears, parameters, steps, groups)
     attachment.begin(done, total)
-    part = attachment.part(len(hidden))
-    loss = loss_of(attachment.run(lambda: attachment.block(hidden[part])))
-    attachment.backward(loss)
-    loss, finite = attachment.step(loss.detach())
+    for part in attachment.parts(len(hidden), micro_batch):
+        loss = loss_of(attachment.run(lambda: attachment.block(hidden[part])))
+        attachment.backward(loss)
+    loss, finite = attachment.step(sum of the losses, detached)
 
 A step may be of several parts, each run and taken backward by itself: their gradients add up.
+
+The processes of a group may each hold a part of a tensor only. Then reading one takes all of them: `begin_clipping`, `import_state` and
+`whole` with `together` are called by all; what the first one reads alone, the others serve from `begin` and from `follow`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from lsi.steps import Group, Steps, make_optimizer, set_rates
+
+
+@dataclass(frozen=True)
+class Later:
+    """A tensor that is put together when it is asked for."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+
+def at_hand(tensor: Tensor) -> Later:
+    """One that is there already."""
+    return Later(tensor.dtype, tuple(tensor.shape), lambda: tensor)
 
 
 @runtime_checkable
@@ -33,8 +51,11 @@ class Attachment(Protocol):
     block: nn.Module
     parameters: Mapping[str, nn.Parameter]
 
-    def part(self, samples: int) -> slice:
-        """Which samples of a batch this process computes: all, or its share of a group's (`lsi.group`), which may be none."""
+    def parts(self, samples: int, most: int | None) -> list[slice]:
+        """Which samples of a batch this process computes, at most so many at once: all, or its share of a group's (`lsi.group`).
+
+        The share may be nothing. An empty slice stands for a pass that counts nothing, and is computed all the same.
+        """
 
     def total(self, counts: list[int]) -> list[int]:
         """The sums of whole numbers over all processes that share the batches."""
@@ -56,15 +77,24 @@ class Attachment(Protocol):
         it and all gradients are finite: if not, nothing is changed.
         """
 
-    def whole(self, module: nn.Module, *, changing: bool = False) -> AbstractContextManager[None]:
+    def whole(
+        self, module: nn.Module, *, changing: bool = False, together: bool = False
+    ) -> AbstractContextManager[None]:
         """Within it the module's tensors can be read, outside a forward pass; and its trained parameters written to if
-        `changing`."""
+        `changing`. together: all processes of a group come here, as they have to where they are changed."""
 
-    def export_state(self) -> dict[str, Tensor]:
+    def export_state(self) -> dict[str, Later]:
         """value/NAME of every parameter, and first/NAME and second/NAME, AdamW's moments. Views, until the next step."""
 
+    def follow(self) -> None:
+        """Of a group's others, when they have nothing to do: serve what the first one reads until it says `dismiss`."""
+
+    def dismiss(self) -> None:
+        """Of a group's first: nothing is read any more until the next step."""
+
     def import_state(self, state: dict[str, Tensor], steps: int) -> None:
-        """Take up an exported state after `steps` updates: what follows equals, bit for bit, what it would have been."""
+        """Take up an exported state after `steps` updates: what follows equals, bit for bit, what it would have been. A process
+        that holds parts may be given its own, flat."""
 
 
 @runtime_checkable
@@ -106,13 +136,25 @@ class TorchEngine:
 class Alone:
     """What an attachment says whose process has the batches to itself."""
 
-    def part(self, samples: int) -> slice:
+    def parts(self, samples: int, most: int | None) -> list[slice]:
         """All of them."""
-        return slice(0, samples)
+        return cut(0, samples, most)
 
     def total(self, counts: list[int]) -> list[int]:
         """As they are."""
         return counts
+
+    def follow(self) -> None:
+        """Everybody holds all."""
+
+    def dismiss(self) -> None:
+        """Nobody follows."""
+
+
+def cut(start: int, stop: int, most: int | None) -> list[slice]:
+    """A range in parts of at most so many; None: in one."""
+    size = most or max(1, stop - start)
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
 def sum_by_itself(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -165,15 +207,17 @@ class TorchAttachment(Alone):
     def _share(self, tensors: list[Tensor]) -> None:
         """Sum the tensors in place over all processes that share the batches; here there is one."""
 
-    def whole(self, module: nn.Module, *, changing: bool = False) -> AbstractContextManager[None]:
+    def whole(
+        self, module: nn.Module, *, changing: bool = False, together: bool = False
+    ) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def export_state(self) -> dict[str, Tensor]:
-        state = {f"value/{name}": p.detach() for name, p in self.parameters.items()}
+    def export_state(self) -> dict[str, Later]:
+        state = {f"value/{name}": at_hand(p.detach()) for name, p in self.parameters.items()}
         for name, parameter in self.parameters.items():
             if moments := self.optimizer.state.get(parameter):
-                state[f"first/{name}"] = moments["exp_avg"]
-                state[f"second/{name}"] = moments["exp_avg_sq"]
+                state[f"first/{name}"] = at_hand(moments["exp_avg"])
+                state[f"second/{name}"] = at_hand(moments["exp_avg_sq"])
         return state
 
     @torch.no_grad()

@@ -13,8 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lsi.engine import TorchAttachment
+from lsi.engine import TorchAttachment, cut
 from lsi.steps import Group, Steps
+
+
+def share(samples: int, rank: int, size: int) -> tuple[int, int]:
+    """Of a batch, as equal as can be: first and one past the last; of a batch with fewer samples than members some have none."""
+    return samples * rank // size, samples * (rank + 1) // size
 
 
 class GroupEngine:
@@ -75,9 +80,8 @@ class GroupAttachment(TorchAttachment):
             self._take_over(self.parameters.values())
         super().begin(done, total)
 
-    def part(self, samples: int) -> slice:
-        """As equal as can be; of a batch with fewer samples than members some have none."""
-        return slice(samples * self.rank // self.size, samples * (self.rank + 1) // self.size)
+    def parts(self, samples: int, most: int | None) -> list[slice]:
+        return cut(*share(samples, self.rank, self.size), most)
 
     def total(self, counts: list[int]) -> list[int]:
         """Summed over the members."""
@@ -87,7 +91,7 @@ class GroupAttachment(TorchAttachment):
         return found
 
     @contextmanager
-    def whole(self, module: nn.Module, *, changing: bool = False) -> Iterator[None]:
+    def whole(self, module: nn.Module, *, changing: bool = False, together: bool = False) -> Iterator[None]:
         """What is written is the first member's, for the same reason as in `GroupEngine.attach`."""
         yield
         if changing:

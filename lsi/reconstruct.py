@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lsi.block import Hidden, checkpoint_parts, replace_linears, run_block, trainable, widen_rest
-from lsi.engine import Engine, TorchEngine
+from lsi.engine import Engine, Later, TorchEngine, at_hand
 from lsi.equivalence import Equivalence
 from lsi.experts import expert_of
 from lsi.factors import Factorizer, factors_of
@@ -204,9 +204,7 @@ class Reconstruction:
         if not self.parameters or self.status != "ok":
             return math.nan
         self.attachment.begin(self.steps_done, self.method.total_steps)
-        part = self.attachment.part(len(inputs))
-        share = self._share_of_loss(inputs[part], targets[part], arguments, frozen, len(inputs))
-        loss, finite = self.attachment.step(share)
+        loss, finite = self.attachment.step(self._share_of_loss(inputs, targets, arguments, frozen))
         self._add_tokens()
         if finite:
             self.steps_done += 1
@@ -215,29 +213,28 @@ class Reconstruction:
         return loss
 
     def _share_of_loss(
-        self, inputs: Hidden, targets: Hidden | Tokens, arguments: Mapping[str, Any], frozen: Frozen, batch: int
+        self, inputs: Hidden, targets: Hidden | Tokens, arguments: Mapping[str, Any], frozen: Frozen
     ) -> Tensor:
-        """Give the parameters the gradients of some of a batch's sequences, micro-batch by micro-batch. Returns what they add
-        to its mean loss."""
-        if not len(inputs):
-            return torch.zeros((), device=inputs.device)
-        size = self.method.micro_batch or len(inputs)
+        """Give the parameters the gradients of this process's sequences of a batch, micro-batch by micro-batch. Returns what
+        they add to its mean loss."""
         losses = []
-        for pair in zip(inputs.split(size), targets.split(size), strict=True):
+        for part in self.attachment.parts(len(inputs), self.method.micro_batch):
+            weight = (part.stop - part.start) / len(inputs)
+            some = part if weight else slice(0, 1)
             # The backward pass is within, too: it computes parts of the forward pass again.
-            losses.append(self._within(partial(self._backward, *pair, arguments, frozen, batch)))
-        return torch.stack(losses).sum()
+            backward = partial(self._backward, inputs[some], targets[some], arguments, frozen, weight)
+            losses.append(self._within(backward))
+        return torch.stack(losses).sum() if losses else torch.zeros((), device=inputs.device)
 
     def _backward(
-        self, inputs: Hidden, targets: Hidden | Tokens, arguments: Mapping[str, Any], frozen: Frozen, batch: int
+        self, inputs: Hidden, targets: Hidden | Tokens, arguments: Mapping[str, Any], frozen: Frozen, weight: float
     ) -> Tensor:
-        """Add the gradients of a micro-batch to the parameters'. Returns its part of the batch's loss."""
+        """Add the gradients of a micro-batch to the parameters'. weight: its part of the batch. Returns its part of the loss."""
         inputs = inputs.float()
-        self.counting = True
+        self.counting = weight > 0
         output = self.attachment.run(lambda: self._forward(inputs, arguments))
         self.counting = False
-        loss = self.method.objective.losses(output, inputs, targets, frozen).mean()
-        loss = loss * (len(inputs) / batch)
+        loss = self.method.objective.losses(output, inputs, targets, frozen).mean() * weight
         self.attachment.backward(loss)
         return loss.detach()
 
@@ -247,17 +244,17 @@ class Reconstruction:
 
     @torch.no_grad()
     def quantized(self) -> dict[str, QuantizedWeight]:
-        """Codes, scales and zero points of the present parameters, by linear name."""
+        """Codes, scales and zero points of the present parameters, by linear name. Of a group, the first one's to ask for."""
         few = set(self.untrained_experts())
         return self._within(lambda: {n: self._quantized(n, clip=self.experts.get(n) in few) for n in self.linears})
 
     @torch.no_grad()
     def grids(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Scales and zero points of the present parameters, by linear name."""
+        """Scales and zero points of the present parameters, by linear name. All of a group ask for them together."""
         return self._within(lambda: {name: self._grid(name) for name in self.linears})
 
     def _grid(self, name: str) -> tuple[Tensor, Tensor]:
-        with self.attachment.whole(self.linears[name]):
+        with self.attachment.whole(self.linears[name], together=True):
             return self.linears[name].present_grid()
 
     def _quantized(self, name: str, *, clip: bool) -> QuantizedWeight:
@@ -271,13 +268,18 @@ class Reconstruction:
         tensors = {} if self.equivalence is None else self.equivalence.transformed(self.block)
         return {name: t for name, t in tensors.items() if name.removesuffix(".weight") not in self.linears}
 
-    def export_state(self) -> dict[str, Tensor]:
-        """Parameters, and AdamW's moments, to go on from elsewhere. Views: copy them before the next step."""
+    def export_lazily(self) -> dict[str, Later]:
+        """Parameters, and AdamW's moments, to go on from elsewhere, one by one before the next step. Of a group, the first
+        one's to ask for."""
         state = self.attachment.export_state()
-        state["steps"] = torch.tensor([self.steps_done, self.status == "non_finite"], dtype=torch.int64)
+        state["steps"] = at_hand(torch.tensor([self.steps_done, self.status == "non_finite"], dtype=torch.int64))
         if self.tokens:
-            state["tokens"] = torch.tensor(list(self.tokens.values()), dtype=torch.int64)
+            state["tokens"] = at_hand(torch.tensor(list(self.tokens.values()), dtype=torch.int64))
         return state
+
+    def export_state(self) -> dict[str, Tensor]:
+        """The same at once. Views: copy them before the next step."""
+        return {name: later.make() for name, later in self.export_lazily().items()}
 
     def import_state(self, state: dict[str, Tensor]) -> None:
         """Take up an exported state: from here every step equals, bit for bit, what it would have been there.

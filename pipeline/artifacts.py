@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,8 +21,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from lsi.engine import Later
 from pipeline.store import Buffer, DamagedObjectError, Data, Store, iter_pieces
-from pipeline.tensors import TensorFileError, deserialize, gather, read_pieces, serialize
+from pipeline.tensors import Part, TensorFileError, all_of, deserialize, gather, read_pieces, serialize
 
 T = TypeVar("T")
 RECORD = "commit.json"
@@ -130,7 +131,7 @@ class Writer:
                 self.drop()
             raise
 
-    def write_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor | Later]) -> None:
         self.write(name, partial(serialize, tensors))
 
     def commit(self, meta: dict[str, Any]) -> Record:
@@ -215,9 +216,9 @@ def read_file(store: Store, artifact: Artifact, name: str, record: Record | None
     return _committed(store, artifact, name, record, _whole)
 
 
-def read_tensors(store: Store, artifact: Artifact, name: str) -> dict[str, Tensor]:
-    """One safetensors file, verified, in memory once. Raises CorruptArtifactError."""
-    return _committed(store, artifact, name, None, _tensors)
+def read_tensors(store: Store, artifact: Artifact, name: str, part: Part = all_of) -> dict[str, Tensor]:
+    """One safetensors file, verified, in memory once, or as much of it as is wanted. Raises CorruptArtifactError."""
+    return _committed(store, artifact, name, None, partial(_tensors, part=part))
 
 
 # Reads an object that should have a size: what it holds (None if it is no such thing), its bytes, and their sha256.
@@ -231,9 +232,9 @@ def _whole(store: Store, key: str, size: int) -> tuple[bytes, int, str]:
     return data, len(data), hashlib.sha256(data).hexdigest()
 
 
-def _tensors(store: Store, key: str, size: int) -> tuple[dict[str, Tensor] | None, int, str]:
+def _tensors(store: Store, key: str, size: int, part: Part) -> tuple[dict[str, Tensor] | None, int, str]:
     try:
-        return _in_pieces(store, key) if size > PIECE else _at_once(store, key, size)
+        return _in_pieces(store, key, part) if size > PIECE or part is not all_of else _at_once(store, key, size)
     except (EOFError, TensorFileError):
         return None, store.size(key), ""
 
@@ -243,7 +244,7 @@ def _at_once(store: Store, key: str, size: int) -> tuple[dict[str, Tensor], int,
     return deserialize(data), found, checksum
 
 
-def _in_pieces(store: Store, key: str) -> tuple[dict[str, Tensor], int, str]:
+def _in_pieces(store: Store, key: str, part: Part) -> tuple[dict[str, Tensor], int, str]:
     size = store.size(key)
     hasher = hashlib.sha256()
 
@@ -252,7 +253,7 @@ def _in_pieces(store: Store, key: str) -> tuple[dict[str, Tensor], int, str]:
             hasher.update(data)
             yield start, data
 
-    return gather(hashed(), size), size, hasher.hexdigest()
+    return gather(hashed(), size, part), size, hasher.hexdigest()
 
 
 def _committed(store: Store, artifact: Artifact, name: str, record: Record | None, read: Reader[T]) -> T:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lsi.block import get_linear, load_quantized, sharing_copy
+from lsi.engine import Later
 from lsi.equivalence import load_tensors
 from lsi.grid import QuantizedWeight, quantize, widened
 from lsi.increment import DEFAULT_LEARNING_RATE
@@ -19,7 +21,9 @@ from pipeline.activations import quantize_activations
 from pipeline.artifacts import Artifact, read_tensors
 from pipeline.config import RunConfig
 from pipeline.factors import stored_factors
+from pipeline.partition import bounds
 from pipeline.store import Store
+from pipeline.tensors import Part, TensorEntry, all_of
 from pipeline.worker import Context, Worker
 
 WEIGHTS_FILE = "quantized.safetensors"
@@ -200,18 +204,43 @@ def _reconstruction(worker: Worker, block: int) -> Reconstruction:
     return reconstruction
 
 
-def pack_state(trained: Trained, best: Best | None) -> dict[str, Tensor]:
+def pack_state(trained: Trained, best: Best | None) -> dict[str, Tensor | Later]:
     """All that training goes on from. Views where the block is on the CPU: write them before the next step."""
-    state = {f"state/{name}": tensor.cpu() for name, tensor in trained.reconstruction.export_state().items()}
+    state: dict[str, Tensor | Later] = {}
+    for name, later in trained.reconstruction.export_lazily().items():
+        state[f"state/{name}"] = replace(later, make=partial(_on_cpu, later))
     for name, (scale, zero) in trained.grids.items():
         state |= {f"grid/{name}/scale": scale.cpu(), f"grid/{name}/zero": zero.cpu()}
     return state | (best.tensors() if best else {})
 
 
+def own_part(worker: Worker) -> Part:
+    """What a process reads of a packed state: of a group that holds a block in parts, its part of every trained tensor."""
+    if not worker.config.compute.partitions:
+        return all_of
+    rank, size = worker.members.membership.rank, worker.members.size
+
+    def part(name: str, entry: TensorEntry) -> TensorEntry:
+        if not name.startswith(("state/value/", "state/first/", "state/second/")):
+            return entry
+        start, stop = bounds(math.prod(entry.shape), rank, size)
+        width = entry.dtype.itemsize
+        return TensorEntry(entry.dtype, (stop - start,), entry.start + start * width, entry.start + stop * width)
+
+    return part
+
+
+def _on_cpu(later: Later) -> Tensor:
+    return later.make().cpu()
+
+
 def unpack_state(
     worker: Worker, block: int, tensors: dict[str, Tensor], best: dict[str, Any] | None
 ) -> tuple[Trained, Best | None]:
-    """The inverse of `pack_state`; `best` is what `Best.meta` gave. Takes the state out of `tensors`, and lets go of it."""
+    """The inverse of `pack_state`; `best` is what `Best.meta` gave. Takes the state out of `tensors`, and lets go of it.
+
+    Of the state its `own_part` is enough.
+    """
     reconstruction, grids = _reconstruction(worker, block), under("grid/", tensors)
     began = {name: (grids[f"{name}/scale"], grids[f"{name}/zero"]) for name in reconstruction.linears}
     names = [name for name in tensors if name.startswith("state/")]

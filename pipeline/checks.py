@@ -10,6 +10,7 @@ from pipeline.activations import check_attention
 from pipeline.config import MethodConfig, RunConfig, SchemeConfig
 from pipeline.errors import UserError
 from pipeline.merge import unpublished
+from pipeline.mixture import has_mixture
 from pipeline.skeleton import Skeleton, check_groups
 
 
@@ -59,6 +60,15 @@ def check_experts(skeleton: Skeleton, index: int, names: list[str], scheme: Sche
         raise UserError(
             f"scheme.symmetric is false, but block {index} holds experts ({inside[0]} and others), whose zero points "
             "transformers does not load: set scheme.symmetric to true, or add *.experts.* to scheme.skip"
+        )
+
+
+def check_mixture(config: RunConfig, skeleton: Skeleton) -> None:
+    """Refuse experts in a group that holds every tensor in parts: its members would not reach the same ones."""
+    if config.compute.partitions and config.optimizer.epochs and has_mixture(skeleton.model):
+        raise UserError(
+            f"compute.group is {config.compute.group} with compute.engine deepspeed, whose members put every linear together at the same time, "
+            "and this model is a mixture of experts, of which each reaches its own: set compute.group to 1, or compute.engine to torch"
         )
 
 

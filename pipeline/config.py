@@ -294,7 +294,8 @@ class ComputeConfig(Section):
     group: int = Field(
         1,
         ge=1,
-        description="processes that train a block together, each with its part of every batch: so many actors are one worker",
+        description="processes that train a block together, each with its part of every batch, and with engine deepspeed with its part of "
+        "every tensor: so many actors are one worker",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="products in training; auto: bfloat16 where the hardware multiplies it natively"
@@ -312,6 +313,11 @@ class ComputeConfig(Section):
     micro_batch: int | None = Field(
         None, ge=1, description="sequences at once within a step, their gradients added up; null: the whole batch"
     )
+
+    @property
+    def partitions(self) -> bool:
+        """Whether the members of a group each hold a part of a block."""
+        return self.engine == "deepspeed" and self.group > 1
 
     @property
     def offloads_parameters(self) -> bool:
@@ -496,22 +502,22 @@ class RunConfig(Section):
 
     def _check_group(self) -> None:
         group = self.compute.group
-        if group > 1 and self.compute.engine == "deepspeed":
-            raise ValueError(
-                f"compute.group is {group}, and compute.engine deepspeed trains a block in one process: "
-                "set compute.group to 1, or compute.engine to torch"
-            )
-        sizes = {
-            "optimizer.batch_size": self.optimizer.batch_size,
-            "storage.chunk_samples": self.storage.chunk_samples,
-            "data.samples": self.data.samples,
-        }
-        key, samples = min(sizes.items(), key=lambda item: item[1])
+        key, samples = self.fewest_samples
         if group > samples:
             raise ValueError(
                 f"compute.group {group} has more members than a batch has samples ({samples}, by {key}): "
                 f"set compute.group to {samples} or less, or {key} to {group} or more"
             )
+
+    @property
+    def fewest_samples(self) -> tuple[str, int]:
+        """What bounds the samples of a batch that is not cut short, and how many these are."""
+        sizes = {
+            "optimizer.batch_size": self.optimizer.batch_size,
+            "storage.chunk_samples": self.storage.chunk_samples,
+            "data.samples": self.data.samples,
+        }
+        return min(sizes.items(), key=lambda item: item[1])
 
     @property
     def samples_of_a_step(self) -> int:

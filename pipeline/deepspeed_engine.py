@@ -12,6 +12,9 @@ What is relied on, all of it found by reading deepspeed 0.19:
 - What is written to a trained parameter goes to its partition and to the optimizer's own copy: only together are they the value.
 - Gradient buffers keep what a step did not reach; they are zeroed before every step.
 - Its forward switches autocast off; ours is entered inside.
+- In a group, tensors are put together and gradients summed at every linear, so that all members have to come to the same linears in
+  the same order: one without samples computes a pass that counts nothing, and mixtures of experts are refused before (`pipeline.checks`).
+- Gradients are averaged over the members; the loss is multiplied by their number, since sums are wanted.
 - Nothing is compiled: see `deepspeed_ops`.
 """
 
@@ -28,10 +31,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lsi.engine import Alone, Attachment, TorchEngine
+from lsi.engine import Attachment, Later, TorchEngine, cut
+from lsi.group import share
 from lsi.steps import Group, Steps, as_groups, make_optimizer, project, set_rates
 from pipeline.deepspeed_ops import load_cpu_adam, start_deepspeed
+from pipeline.partition import Partners, Word
 
+MOMENTS = {Word.VALUE: None, Word.FIRST_MOMENT: "exp_avg", Word.SECOND_MOMENT: "exp_avg_sq"}
 Adam = Literal["torch", "cpu_adam"]
 
 
@@ -56,7 +62,10 @@ class Runner(nn.Module):
 
 
 class DeepSpeedEngine:
-    """Takes blocks in, one after the other; see `lsi.engine`. Raises ValueError for what it cannot train."""
+    """Takes blocks in, one after the other; see `lsi.engine`. In a group of processes each holds its part of every tensor.
+
+    Raises ValueError for what it cannot train.
+    """
 
     def __init__(self, device: str, offload: Offload) -> None:
         self.device = torch.device(device)
@@ -78,10 +87,13 @@ class DeepSpeedEngine:
             raise ValueError(f"{foreign[0]} is no parameter of the block: DeepSpeed trains those alone")
         buffers_to_parameters(linears.values())
         structure = structure_of(block, steps, groups)
-        if self.held is not None and (self.held.structure != structure or self.held.busy):
+        deepspeed = start_deepspeed(self.device.type)
+        ready = self.held is not None and self.held.structure == structure and not self.held.busy
+        # A member that did something else meanwhile may hold nothing.
+        if not Partners().all_of(ready):
             self.close()
         if self.held is None:
-            self.held = Held(block, linears, steps, groups, structure, self.device, self.offload)
+            self.held = Held(deepspeed, block, linears, steps, groups, structure, self.device, self.offload)
         else:
             self.held.take_in(block)
         return DeepSpeedAttachment(self.held, {name: group.start for group in groups for name in group.names})
@@ -123,6 +135,7 @@ class Held:
 
     def __init__(
         self,
+        deepspeed: Any,
         block: nn.Module,
         linears: Mapping[str, nn.Module],
         steps: Steps,
@@ -131,19 +144,20 @@ class Held:
         device: torch.device,
         offload: Offload,
     ) -> None:
-        deepspeed = start_deepspeed(device.type)
         self.block, self.structure, self.busy, self.block_number = block, structure, False, 0
+        self.partners = Partners()
         block.register_forward_pre_hook(ask_for_gradient)
         for module in block.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 # A copy, for `take_in` to write to: what is attached may be shared.
-                setattr(module, name, buffer.to(device, copy=True))
+                setattr(module, name, self.partners.take_over(buffer.to(device, copy=True)))
         for linear in linears.values():
             deepspeed.utils.set_z3_leaf_module(linear, True)
         own = dict(block.named_parameters())
         largest = max(sum(p.numel() for p in linear.parameters()) for linear in linears.values())
         self.runner = Runner(block)
-        settings = ds_settings(offload, largest, pinned=device.type == "cuda")
+        settings = ds_settings(offload, largest, pinned=device.type == "cuda", group=self.partners.size > 1)
+        # In a group every tensor becomes the first one's here.
         deepspeed.zero.Init(module=self.runner, config_dict_or_path=settings)
         self.engine = deepspeed.initialize(
             model=self.runner, optimizer=client_optimizer(steps, groups, own, offload), config=settings
@@ -161,28 +175,37 @@ class Held:
             for hook in set(module._forward_pre_hooks) - self.hooks[module]:
                 del module._forward_pre_hooks[hook]
         for kept, given in zip(self.block.buffers(), block.buffers(), strict=True):
-            kept.copy_(given)
+            kept.copy_(self.partners.take_over(given.clone()))
         for name, parameter in block.named_parameters():
-            self.write(self.parameters[name], parameter.detach())
+            self.write(self.parameters[name], self.partners.take_over(parameter.detach()))
             parameter.data = parameter.new_empty(0)
 
     @torch.no_grad()
     def write(self, parameter: Any, value: Tensor) -> None:
-        """A parameter's new value."""
-        partition, value = parameter.ds_tensor, value.reshape(-1)
+        """A parameter's new value, of which this process keeps its part; or that part."""
+        partition, part = parameter.ds_tensor, self.own(parameter, value)
         if parameter.requires_grad:
-            partition.copy_(value)
-            self.master(parameter).view(-1).copy_(value)
-        elif partition.device == value.device and not partition.is_pinned():
-            partition.data = value
+            partition[: len(part)].copy_(part)
+            self.write_master(parameter, None, value)
+        elif self.partners.size == 1 and partition.device == value.device and not partition.is_pinned():
+            partition.data = part
         else:
-            partition.copy_(value)
+            partition[: len(part)].copy_(part)
 
-    def master(self, parameter: Any, key: str | None = None) -> Tensor:
-        """The optimizer's own copy of a trained parameter, or one of its moments: a view."""
+    def own(self, parameter: Any, value: Tensor) -> Tensor:
+        """This process's part, flat, of a value or of what is that part already."""
+        return self.partners.own(value.reshape(-1)) if value.numel() == parameter.ds_numel else value
+
+    def write_master(self, parameter: Any, key: str | None, value: Tensor) -> None:
+        """The optimizer's own copy of a trained parameter, or one of its moments."""
+        part = self.own(parameter, value)
+        self.master(parameter, key)[: len(part)].copy_(part)
+
+    def master(self, parameter: Any, key: str | None) -> Tensor:
+        """The same as this process holds it: a view, flat and in a group filled up at its end."""
         found = self.zero._get_fp32_opt_state_partition(parameter, release_swap_buffers=True, optim_state_key=key)[0]
-        whole: Tensor = found.detach().view(parameter.ds_shape)
-        return whole
+        part: Tensor = found.detach()
+        return part
 
     def starts(self) -> list[int]:
         """After how many steps each of the optimizer's flat parameters joins."""
@@ -226,7 +249,7 @@ def ask_for_gradient(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any
     return arguments[0].detach().requires_grad_(), *arguments[1:]
 
 
-def ds_settings(offload: Offload, largest: int, *, pinned: bool) -> dict[str, Any]:
+def ds_settings(offload: Offload, largest: int, *, pinned: bool, group: bool) -> dict[str, Any]:
     """DeepSpeed's configuration. largest: numbers in the largest linear, which is read ahead while another computes."""
     host = {"device": "cpu", "pin_memory": pinned}
     zero: dict[str, Any] = {
@@ -240,6 +263,12 @@ def ds_settings(offload: Offload, largest: int, *, pinned: bool) -> dict[str, An
         # It would patch torch's own linear for the whole process and leave the patch behind.
         "memory_efficient_linear": False,
     }
+    if group:
+        # One tensor after another, each gathered where it is used and each gradient cut up when the next one comes: in one go
+        # all of a linear's tensors would be there twice, and the gradients of half a billion numbers whole.
+        zero |= {"allgather_sequential": True, "reduce_bucket_size": 1}
+    if group and not pinned:
+        zero["stage3_prefetch_bucket_size"] = 0  # the processor that computes is the one that would read ahead
     zero |= {"offload_param": host} if offload.parameters else {}
     zero |= {"offload_optimizer": host} if offload.optimizer else {}
     return {
@@ -264,11 +293,12 @@ def client_optimizer(
     return make_optimizer(steps, groups, parameters)
 
 
-class DeepSpeedAttachment(Alone):
+class DeepSpeedAttachment:
     """One block in a DeepSpeed engine; see `lsi.engine`."""
 
     def __init__(self, held: Held, starts: Mapping[str, int]) -> None:
         self.held, self.starts, self.taken = held, starts, 0
+        self.partners = held.partners
         self.number = held.block_number
         self.block = held.block
         self.parameters: Mapping[str, nn.Parameter] = {name: held.parameters[name] for name in starts}
@@ -277,8 +307,48 @@ class DeepSpeedAttachment(Alone):
         if self.held.block_number != self.number:
             raise RuntimeError("this block's engine was closed or has taken in another block since")
 
+    def parts(self, samples: int, most: int | None) -> list[slice]:
+        """The same number of passes for every member, since a linear's tensors are put together by all of them."""
+        rank, size = self.partners.rank, self.partners.size
+        start, stop = share(samples, rank, size)
+        own, passes = cut(start, stop, most), len(cut(0, -(-samples // size), most))
+        return own + [slice(stop, stop)] * (passes - len(own))
+
+    def total(self, counts: list[int]) -> list[int]:
+        found: list[int] = self.partners.summed(torch.tensor(counts, dtype=torch.int64)).tolist()
+        return found
+
+    def follow(self) -> None:
+        if self.partners.rank:
+            self._serve(Word.DISMISSED)
+
+    def dismiss(self) -> None:
+        self.partners.tell(Word.DISMISSED)
+
+    def _serve(self, until: Word) -> None:
+        """Take part in what the first member reads, until it says that word."""
+        while True:
+            word, number = self.partners.hear()
+            if word == until:
+                return
+            if word == Word.MODULE:
+                with self._gathered(list(self.block.modules())[number]):
+                    continue
+            if word not in MOMENTS:
+                raise RuntimeError(f"the first member of the group says {word.name}, where {until.name} comes next")
+            self._collected(word, number)
+
+    def _collected(self, word: Word, number: int) -> Tensor:
+        """The value or a moment of the parameter of that number; nothing in others than the first member."""
+        parameter: Any = list(self.parameters.values())[number]
+        return self.partners.collect(self.held.master(parameter, MOMENTS[word]), parameter.ds_shape)
+
     def begin(self, done: int, total: int) -> None:
         self._check()
+        if self.partners.rank:
+            self._serve(Word.STEP)
+        else:
+            self.partners.tell(Word.STEP)
         self.held.busy = True
         self.held.forget_gradients()
         set_rates(self.held.zero.optimizer, self.held.steps, done, total)
@@ -292,10 +362,10 @@ class DeepSpeedAttachment(Alone):
         return output
 
     def backward(self, loss: Tensor) -> None:
-        self.held.engine.backward(loss)
+        self.held.engine.backward(loss * self.partners.size)
 
     def step(self, loss: Tensor) -> tuple[float, bool]:
-        engine, zero, value = self.held.engine, self.held.zero, loss.item()
+        engine, zero, value = self.held.engine, self.held.zero, self.partners.summed(loss).item()
         if not math.isfinite(value):
             return value, False
         engine.step()
@@ -308,25 +378,43 @@ class DeepSpeedAttachment(Alone):
         return value, True
 
     @contextmanager
-    def whole(self, module: nn.Module, *, changing: bool = False) -> Iterator[None]:
-        import deepspeed
-
+    def whole(self, module: nn.Module, *, changing: bool = False, together: bool = False) -> Iterator[None]:
         self._check()
+        if not (changing or together):
+            self.partners.tell(Word.MODULE, next(n for n, m in enumerate(self.block.modules()) if m is module))
         trained = [parameter for parameter in module.parameters() if changing and parameter.requires_grad]
-        with without_hooks(module), deepspeed.zero.GatheredParameters(list(module.parameters())):
+        with self._gathered(module):
             yield
             written = [parameter.detach().clone() for parameter in trained]
         for parameter, value in zip(trained, written, strict=True):
-            self.held.write(parameter, value)
+            self.held.write(parameter, self.partners.take_over(value))
 
-    def export_state(self) -> dict[str, Tensor]:
+    @contextmanager
+    def _gathered(self, module: nn.Module) -> Iterator[None]:
+        import deepspeed
+
+        with without_hooks(module), deepspeed.zero.GatheredParameters(list(module.parameters())):
+            yield
+
+    def export_state(self) -> dict[str, Later]:
         self._check()
-        state = {f"value/{name}": self.held.master(p) for name, p in self.parameters.items()}
-        kept = [moments for moments in self.held.zero.optimizer.state.values() if "exp_avg" in moments]
-        joined = [name for name, start in self.starts.items() if kept and self.taken > start]
-        state |= {f"first/{name}": self.held.master(self.parameters[name], "exp_avg") for name in joined}
-        state |= {f"second/{name}": self.held.master(self.parameters[name], "exp_avg_sq") for name in joined}
+        kept = any("exp_avg" in moments for moments in self.held.zero.optimizer.state.values())
+        state = {f"value/{name}": self._later(Word.VALUE, name) for name in self.parameters}
+        for name in (name for name, start in self.starts.items() if kept and self.taken > start):
+            state[f"first/{name}"] = self._later(Word.FIRST_MOMENT, name)
+            state[f"second/{name}"] = self._later(Word.SECOND_MOMENT, name)
         return state
+
+    def _later(self, word: Word, name: str) -> Later:
+        number, parameter = list(self.parameters).index(name), self.held.parameters[name]
+        shape: torch.Size = parameter.__dict__["ds_shape"]
+
+        def make() -> Tensor:
+            self._check()
+            self.partners.tell(word, number)
+            return self._collected(word, number)
+
+        return Later(torch.float32, tuple(shape), make)
 
     @torch.no_grad()
     def import_state(self, state: dict[str, Tensor], steps: int) -> None:
@@ -345,8 +433,8 @@ class DeepSpeedAttachment(Alone):
         for name, parameter in self.parameters.items():
             self.held.write(parameter, state.pop(f"value/{name}"))
             if moments and steps > self.starts[name]:
-                self.held.master(parameter, "exp_avg").copy_(state.pop(f"first/{name}"))
-                self.held.master(parameter, "exp_avg_sq").copy_(state.pop(f"second/{name}"))
+                self.held.write_master(parameter, "exp_avg", state.pop(f"first/{name}"))
+                self.held.write_master(parameter, "exp_avg_sq", state.pop(f"second/{name}"))
 
 
 @contextmanager

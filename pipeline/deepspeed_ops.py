@@ -177,15 +177,18 @@ def quiet_deepspeed() -> Any:
 
 
 def start_deepspeed(device: str) -> Any:
-    """The package, ready in this process alone: no launcher, nothing reached over a network, nothing compiled.
+    """The package, ready in this process alone or in the group that it has joined (`pipeline.members`): no launcher, nothing else
+    reached over a network, nothing compiled.
 
     Once a process; what another call finds is left as it is.
     """
     import torch.distributed as dist
 
-    # Read when the package is imported, and when an engine is made.
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    # Read when the package is imported, and when an engine is made. Every process sees its own GPU as the first.
     os.environ["DS_ACCELERATOR"] = device
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os.environ["LOCAL_SIZE"] = "1"  # or it asks a subprocess for the machine's NUMA nodes at every step
     deepspeed = quiet_deepspeed()
     if not dist.is_initialized():

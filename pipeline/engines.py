@@ -11,10 +11,8 @@ from pipeline.config import ComputeConfig
 
 def make_engine(compute: ComputeConfig, adam: Literal["torch", "cpu_adam"], batch_size: int) -> Engine:
     """adam: what `compute.adam` came to. The processes of a group must have joined each other (`pipeline.members`)."""
-    if compute.group > 1:
-        return GroupEngine(batch_size)
     if compute.engine == "torch":
-        return TorchEngine()
+        return GroupEngine(batch_size) if compute.group > 1 else TorchEngine()
     from pipeline.deepspeed_engine import DeepSpeedEngine, Offload
 
     return DeepSpeedEngine(compute.device, Offload(compute.offloads_parameters, compute.offloads_optimizer, adam))

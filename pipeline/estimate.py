@@ -12,7 +12,7 @@ import torch
 
 from lsi.block import get_linear, linear_names
 from pipeline.block_state import steps_per_epoch
-from pipeline.checks import check_equivalence, check_look_ahead, check_purpose, check_scheme
+from pipeline.checks import check_equivalence, check_look_ahead, check_mixture, check_purpose, check_scheme
 from pipeline.config import RunConfig
 from pipeline.costs import Costs, Device, Shape, placeholder_inputs
 from pipeline.errors import UserError
@@ -104,6 +104,7 @@ def outline(config: RunConfig) -> Outline:
     check_scheme(config, skeleton)
     check_equivalence(config, skeleton)
     check_look_ahead(config.method, skeleton)
+    check_mixture(config, skeleton)
     check_purpose(config, skeleton)
     return lay_out(config, skeleton, dtype)
 

@@ -160,6 +160,10 @@ class MemoryPlan(BlockMemory):
         several = config.optimizer.epochs > 1
         again = config.optimizer.epochs * steps_per_epoch(config) > 1
         begun, whole = self.state(steps_done=False), 4.0 * math.prod(self.shape.largest)
+        if self.engine.parts > 1:
+            self._cut_up(moments, cache)
+            # Every member builds it whole, and keeps the weights until it has begun.
+            begun |= {"the block's weights, whole": self.block} | self.together()
         chunk, passing = self._chunk_tokens(), self.passing_per_token()
         first = {"one linear": self.making(self.shape.largest, training=False)}
         moments.add(
@@ -175,28 +179,43 @@ class MemoryPlan(BlockMemory):
             )
         stepping = self.state(steps_done=again, best=several) | self.step_terms()
         moments.add("a step's backward pass", stepping, cache)
-        update = self.state(steps_done=True, best=several) | {"gradients": 4 * self.trained_numbers()}
+        update = self.state(steps_done=True, best=several)
+        if self.engine.parts == 1:  # in parts they are among the values
+            update |= {"gradients": 4 * self.trained_numbers()}
         moments.add("the optimizer's update", update, cache)
         result, after = self.result_size(), self.state(steps_done=True, best=several)
         codes = {"codes of the result": result, "transformed weights": self._transformed(training=False)}
         moments.add(
             "codes of the result",
-            after | codes | {"one linear": self.making(self.shape.largest, training=False)},
+            after | codes | {"one linear": self.making(self.shape.largest, training=False)} | self.together(),
             cache,
         )
         measured = {"codes of the result": result, "the block as it is loaded": self.block}
+        if self.engine.parts > 1:
+            measured["the block's weights, whole"] = self.block
         moments.add("measuring", after | measured | {"activations": chunk * passing}, cache | self._writing())
         if several:
             self._take_up(moments, cache)
         return moments.peaks("optimize")
+
+    def _cut_up(self, moments: _Moments, cache: Terms) -> None:
+        """A block of which every member of a group is to keep a part."""
+        whole = self._frozen_part() | {"trained values": 4 * self.trained_numbers()}
+        if self.cuda and self.engine.offload_parameters:
+            moments.add("a block before it is cut up", {"weights": self.block}, dict(cache) | whole)
+        else:
+            moments.add("a block before it is cut up", whole, cache)
 
     def _writing(self) -> dict[str, float]:
         return {"a chunk on its way out": self.boundary(int(self._chunk_tokens() // self.config.data.sequence_length))}
 
     def _take_up(self, moments: _Moments, cache: Terms) -> None:
         """A state is read from storage while the block is made anew, and taken over."""
-        state = 4.0 * self.trained_numbers() * (3 if self.config.optimizer.steps == "adamw" else 1) + self.result_size()
+        numbers = self.trained_numbers() * (3 if self.config.optimizer.steps == "adamw" else 1)
+        state = 4.0 * numbers / self.engine.parts + self.result_size()
         begun = self.state(steps_done=False)
+        if self.engine.parts > 1:
+            begun["the block's weights, whole"] = self.block
         host = {"a state that is read": state + self._read(state)}
         moments.add("taking up a state", begun, dict(cache) | host)
 

@@ -20,14 +20,14 @@ from pipeline.costs import factored, size_of_factors
 from pipeline.plan_shapes import BlockShape
 
 # What a process in training holds beside tensors: buffers of products, and what malloc keeps of tensors below 32 MiB. Then
-# DeepSpeed's modules. Both measured on Linux.
-WORK, DEEPSPEED = 0.10 * 2**30, 0.05 * 2**30
+# DeepSpeed's modules, and what malloc keeps where tensors are put together from parts. All measured on Linux.
+WORK, DEEPSPEED, IN_PARTS = 0.10 * 2**30, 0.05 * 2**30, 0.10 * 2**30
 
 
 @dataclass(frozen=True)
 class Engine:
     """What of a worker's choices decides its memory. products: bytes of a number in products. offload_*: kept in host memory
-    by DeepSpeed; without, everything lies on the device."""
+    by DeepSpeed; without, everything lies on the device. parts: members of a group that DeepSpeed cuts a block's tensors up for."""
 
     name: Literal["torch", "deepspeed"] = "torch"
     device: Literal["cpu", "cuda"] = "cpu"
@@ -37,6 +37,7 @@ class Engine:
     products: int = 2
     offload_parameters: bool = False
     offload_optimizer: bool = False
+    parts: int = 1
 
 
 class BlockMemory:
@@ -68,6 +69,11 @@ class BlockMemory:
 
     def trained_numbers(self) -> float:
         return sum(self._trained_in(shape) for shape in self.shape.linears)
+
+    def largest_trained(self) -> float:
+        """Of the largest trained tensor, numbers."""
+        every = self.config.method.rounding == "learned" or (not self._factored() and self.increment.kind == "dense")
+        return float(math.prod(self.shape.largest)) if every else 2.0 * self.groups()
 
     def result_size(self) -> float:
         """Codes, scales and zero points."""
@@ -138,9 +144,11 @@ class BlockMemory:
     def backward(self) -> dict[str, float]:
         """The fullest linear in the backward pass, the last one first: gradients so far, what is kept of those that are to
         come, and what is made of itself."""
-        parts = self.config.samples_of_a_step > self.engine.micro_batch
+        several = self.config.samples_of_a_step > self.engine.micro_batch
+        # In parts, a gradient is cut up when the next one comes: those of one more linear are whole.
+        cut_up = self.engine.parts > 1
         kept = sum(self._kept(shape) for shape in self.shape.linears)
-        gradients = 4 * self.trained_numbers() if parts else 0.0
+        gradients = 4 * self.trained_numbers() if several and not cut_up else 0.0
         fullest: dict[str, float] = {}
         for shape in reversed(self.shape.linears):
             made = self.making(shape)
@@ -149,7 +157,10 @@ class BlockMemory:
             now = {"gradients": gradients, "kept between the passes": kept, "one linear": made}
             if sum(now.values()) > sum(fullest.values()):
                 fullest = now
-            gradients += 0.0 if parts else 4 * self._trained_in(shape)
+            if cut_up:
+                gradients = 4 * self._trained_in(shape)
+            else:
+                gradients += 0.0 if several else 4 * self._trained_in(shape)
             kept -= self._kept(shape)
         return fullest
 
@@ -163,22 +174,37 @@ class BlockMemory:
             # The linear that computes and the one that is read ahead.
             terms["linears that are fetched"] = 2.0 * math.prod(self.shape.largest) * self.shape.itemsize
         elif self.cuda or not away.offload_parameters:
-            terms |= self._frozen_part()
+            terms |= self._part_of(self._frozen_part())
         if not (self.cuda and away.offload_optimizer):
-            terms |= self._trained_part(steps_done)
+            terms |= self._part_of(self._trained_part(steps_done))
         return terms if self.cuda else terms | self._at_home(steps_done)
+
+    def _part_of(self, terms: dict[str, float]) -> dict[str, float]:
+        """What a member holds of what a group has once."""
+        return {name: size / self.engine.parts for name, size in terms.items()}
+
+    def together(self) -> dict[str, float]:
+        """Of a group: the largest linear as it is put together from the members' parts, and gloo's copy of its largest tensor."""
+        if self.engine.parts == 1 or self.cuda:  # on a GPU it is among what is fetched
+            return {}
+        out, width = self.shape.largest
+        weight, values = float(out * width * self.shape.itemsize), 4 * self._trained_in((out, width))
+        factors = size_of_factors(out, width, self.increment)
+        copied = max(weight, self.largest_trained() * 4, factors / 2)
+        return {"a linear put together": weight + factors + values + copied}
 
     def _at_home(self, steps_done: bool) -> dict[str, float]:
         """What DeepSpeed keeps in host memory."""
         if self.engine.name == "torch":
             return {}
         kept = self._frozen_part() if self.engine.offload_parameters else {}
-        return kept | (self._trained_part(steps_done) if self.engine.offload_optimizer else {})
+        return self._part_of(kept | (self._trained_part(steps_done) if self.engine.offload_optimizer else {}))
 
     def _fixed(self, best: bool) -> dict[str, float]:
         terms = {"grids": self.groups() * (self.shape.itemsize + 1.0)}
         if not self.cuda:
             terms["libraries at work"] = WORK + DEEPSPEED * (self.engine.name == "deepspeed")
+            terms["libraries at work"] += IN_PARTS * (self.engine.parts > 1)
         if self.increment.kind == "dense" and not self._factored():
             terms["grids"] += 4.0 * self.groups()
         if best:
@@ -213,7 +239,7 @@ class BlockMemory:
         tokens = self.engine.micro_batch * config.data.sequence_length
         saved = self.saved_per_token() + config.method.look_ahead * self._frozen_per_token()
         transformed = {"transformed weights": self._transformed(training=True)}
-        return self.backward() | transformed | {"activations": tokens * saved}
+        return self.backward() | transformed | self.together() | {"activations": tokens * saved}
 
     def _chunk_tokens(self) -> float:
         data = self.config.data

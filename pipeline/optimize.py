@@ -34,6 +34,7 @@ from pipeline.block_state import (
     begin,
     make_method,
     number,
+    own_part,
     pack_state,
     result_of,
     unpack_state,
@@ -102,10 +103,14 @@ class TrainTask(DoneByAll):
         epoch = commits.take_up() or self._begin(worker)
         taken_up = len(epoch.losses)
         worker.held = None
+        if worker.config.compute.partitions:
+            # It is read again to measure by the first member; none keeps it whole beside its part.
+            worker.forget_block()
         self._train(worker, epoch, commits)
         if not members.leads:
             return self._stand_by(worker, epoch.trained)
         done = self._conclude(worker, epoch, lambda: commits.check(epoch))
+        epoch.trained.reconstruction.attachment.dismiss()
         commits.clear()
         return done | {"taken_up_at_step": taken_up}
 
@@ -172,7 +177,7 @@ class TrainTask(DoneByAll):
         del held  # before there is another block beside it
         if self.previous is None:
             return begin(worker, self.block), None, []
-        tensors = read_tensors(worker.store, self.previous, STATE_FILE)
+        tensors = read_tensors(worker.store, self.previous, STATE_FILE, own_part(worker))
         assert record is not None, "read_tensors refuses what has no record"
         return *unpack_state(worker, self.block, tensors, record.meta["best"]), record.meta["history"]
 
@@ -195,7 +200,7 @@ class TrainTask(DoneByAll):
             if not batches:
                 continue
             inputs, targets = self._chunk(worker, chunk, order[place + 1 : place + 2])
-            arguments = worker.trainee(self.block).arguments(inputs.shape[1])
+            arguments = worker.trainee_arguments(self.block, inputs.shape[1])
             frozen = self._frozen(worker, inputs.shape[1])
             for batch in batches:
                 commits.check(epoch)
@@ -303,7 +308,8 @@ class TrainTask(DoneByAll):
         return {"loss": history[-1]["loss"], "status": history[-1]["status"]}
 
     def _stand_by(self, worker: Worker, trained: Trained) -> dict[str, Any]:
-        """Of a group's others: the first one alone measures, chooses and commits."""
+        """Of a group's others: the first one alone measures, chooses and commits. What it reads of the state they serve."""
+        trained.reconstruction.attachment.follow()
         worker.held = (self.state.key, (trained, None)) if self.state else None
         return {}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cluster.units import YieldUnit
 from pipeline.artifacts import Artifact, CorruptArtifactError, Writer, discard, read_record, read_tensors
-from pipeline.block_state import Best, Trained, pack_state, unpack_state
+from pipeline.block_state import Best, Trained, own_part, pack_state, unpack_state
 from pipeline.worker import Worker
 
 KIND = "partial"
@@ -93,7 +93,7 @@ class Commits:
             record = read_record(self.worker.store, artifact)
             if record is None:
                 return None
-            tensors = read_tensors(self.worker.store, artifact, FILE)
+            tensors = read_tensors(self.worker.store, artifact, FILE, own_part(self.worker))
         except CorruptArtifactError as error:
             self.worker.notes.append(f"damaged, its unit goes on from an earlier commit or begins again: {error}")
             return None

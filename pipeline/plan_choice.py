@@ -56,6 +56,7 @@ def present_engine(config: RunConfig, device: Device | None = None) -> Engine:
         products=products(config, device),
         offload_parameters=compute.offloads_parameters,
         offload_optimizer=compute.offloads_optimizer,
+        parts=compute.group if compute.partitions else 1,
     )
 
 
@@ -66,21 +67,34 @@ def products(config: RunConfig, device: Device) -> int:
     return 2 if device == "cuda" or torch.cpu._is_avx512_bf16_supported() else 4
 
 
-def candidates(config: RunConfig, engine: Engine) -> Iterator[tuple[Engine, tuple[tuple[str, str], ...]]]:
+def candidates(
+    shape: BlockShape, config: RunConfig, engine: Engine
+) -> Iterator[tuple[Engine, tuple[tuple[str, str], ...]]]:
     """Ways to train a block, what costs least first; explicit values stay."""
     explicit = config.compute.model_fields_set
     sizes = [engine.micro_batch]
     while "micro_batch" not in explicit and sizes[-1] > 1:
         sizes.append((sizes[-1] + 1) // 2)
     engines = [engine]
-    # It takes no equivalent transformation; and where all is in host memory anyway, it holds more and not less.
-    if "engine" not in explicit and engine.device == "cuda" and not config.method.equivalence and not engine.checkpoint:
-        engines.append(replace(engine, name="deepspeed", offload_parameters=True, offload_optimizer=True))
+    # Where all is in host memory anyway, one process holds more with it and not less.
+    several = engine.device == "cuda" or config.compute.group > 1
+    if "engine" not in explicit and several and takes_deepspeed(shape, config, config.compute.group):
+        engines.append(offloaded(engine, config.compute.group))
     for base in engines:
         for recompute, checkpoint in _repetitions(explicit, base):
             for size in sizes:
                 found = replace(base, micro_batch=size, recompute=recompute, checkpoint=checkpoint)
                 yield found, (*_device_lines(config, engine), *_lines(engine, found))
+
+
+def takes_deepspeed(shape: BlockShape, config: RunConfig, group: int) -> bool:
+    """No equivalent transformation, no checkpoints, and no experts in parts."""
+    return not config.method.equivalence and not config.compute.checkpoint and (group == 1 or shape.passes == 1)
+
+
+def offloaded(engine: Engine, parts: int) -> Engine:
+    """By DeepSpeed, as its defaults are."""
+    return replace(engine, name="deepspeed", offload_parameters=True, offload_optimizer=True, parts=parts)
 
 
 def _repetitions(explicit: set[str], engine: Engine) -> list[tuple[bool | None, bool]]:
@@ -105,6 +119,8 @@ def _lines(before: Engine, now: Engine) -> Iterator[tuple[str, str]]:
         yield f"compute.micro_batch: {now.micro_batch}", why
     if now.name != before.name:
         why = "weights, factors and the optimizer stay in host memory and are fetched linear by linear; a step waits for that"
+        if now.parts > 1:
+            why = f"each of the {now.parts} actors holds a part of the block, and linears are put together for every use; a step waits for that"
         yield "compute.engine: deepspeed", why
     if now.recompute != before.recompute:
         yield "compute.recompute: true", f"no weight-sized tensor is kept between the passes; {RECOMPUTATION}"
@@ -134,7 +150,7 @@ def _places(units: Mapping[str, UnitPeaks]) -> list[Place]:
 def choose(shape: BlockShape, config: RunConfig, limits: Limits, device: Device | None = None) -> Choice:
     """The way that costs least of those that fit. Raises UserError if none does, with what is missing and what would help."""
     smallest: tuple[float, Choice] | None = None
-    for engine, lines in candidates(config, present_engine(config, device)):
+    for engine, lines in candidates(shape, config, present_engine(config, device)):
         choice = Choice(engine, MemoryPlan(shape, config, engine).units(), lines)
         short = sum(entry[2] for entry in missing(choice.units, limits).values())
         if not short:
@@ -173,6 +189,14 @@ def _changes(shape: BlockShape, config: RunConfig) -> Iterator[tuple[str, dict[s
             yield f"method.rank {rank}", {"method": {"rank": rank}}, "trains fewer singular values"
         if method.factor_dtype != "bfloat16":
             yield "method.factor_dtype bfloat16", {"method": {"factor_dtype": "bfloat16"}}, "no loss was measurable"
+    group = 2 * config.compute.group
+    if group <= config.fewest_samples[1] and takes_deepspeed(shape, config, group):
+        both = {"compute": {"group": group, "engine": "deepspeed"}}
+        yield (
+            f"compute.group {group} with compute.engine deepspeed",
+            both,
+            f"{group} actors hold a part of a block each",
+        )
     if method.rounding == "learned":
         yield "method.rounding none", {"method": {"rounding": "none"}}, "worse at 2 bits"
     if method.equivalence:
@@ -200,12 +224,21 @@ def _knobs(shape: BlockShape, config: RunConfig, limits: Limits, engine: Engine,
     before = worker_peak(MemoryPlan(shape, config, engine).units(), place)[1].total
     found = []
     for words, sections, price in _changes(shape, config):
-        units = MemoryPlan(shape, changed(config, sections), engine).units()
+        after = changed(config, sections)
+        units = MemoryPlan(shape, after, _engine_after(engine, sections, after)).units()
         peak = worker_peak(units, place)[1].total
         if peak < 0.95 * before:
             enough = ", which is enough" if fits(units, limits) else ""
             found.append((peak, f"{words} ({price}; {peak / GIB:.1f} GiB{enough})"))
     yield from (text for _, text in sorted(found))
+
+
+def _engine_after(engine: Engine, sections: Mapping[str, Mapping[str, Any]], config: RunConfig) -> Engine:
+    """Changes are of the method but for a larger group."""
+    if "compute" not in sections:
+        return engine
+    smaller = replace(engine, micro_batch=min(engine.micro_batch, config.samples_of_a_step))
+    return offloaded(smaller, config.compute.group)
 
 
 def changed(config: RunConfig, sections: Mapping[str, Mapping[str, Any]]) -> RunConfig:

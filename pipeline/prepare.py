@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline import finetune_plan
 from pipeline.artifacts import Artifact, CorruptArtifactError, Writer, digest, discard, intact, read_file, read_record
 from pipeline.capture import TOKENS_FILE
-from pipeline.checks import check_equivalence, check_look_ahead, check_purpose, check_scheme
+from pipeline.checks import check_equivalence, check_look_ahead, check_mixture, check_purpose, check_scheme
 from pipeline.config import ComputeConfig, RunConfig
 from pipeline.data import calibration_tokens, evaluation_tokens
 from pipeline.errors import UserError
@@ -162,6 +162,7 @@ def prepare(config: RunConfig, report: Reporter) -> Prepared:
     check_scheme(config, skeleton)
     check_equivalence(config, skeleton)
     check_look_ahead(config.method, skeleton)
+    check_mixture(config, skeleton)
     check_purpose(config, skeleton)
     if config.finetune.blocks is None:
         check_fit(config, skeleton, source.dtype(config.model.dtype), store, report)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lsi.engine import Later
 from pipeline.store import Store
 
 _NAMES = {
@@ -94,10 +95,16 @@ def write_lazily(
         yield tensor_bytes(tensor)
 
 
-def serialize(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
-    """A safetensors file of tensors in memory, in pieces. Equal tensors give equal bytes."""
+def serialize(tensors: Mapping[str, Tensor | Later]) -> Iterator[memoryview]:
+    """A safetensors file of tensors, in pieces, those that are not in memory being made one by one. Equal tensors give equal
+    bytes."""
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    return write_lazily(layout, tensors.__getitem__)
+
+    def produce(name: str) -> Tensor:
+        tensor = tensors[name]
+        return tensor.make() if isinstance(tensor, Later) else tensor
+
+    return write_lazily(layout, produce)
 
 
 def parse_header(text: bytes) -> dict[str, TensorEntry]:
@@ -175,14 +182,24 @@ def read_pieces(store: Store, key: str, size: int, piece: int) -> Iterator[tuple
         yield start, store.read_range(key, start, min(start + piece, size))
 
 
-def gather(pieces: Iterator[tuple[int, bytes]], size: int) -> dict[str, Tensor]:
-    """All tensors of a file from its pieces, in memory once. Raises TensorFileError; checks no content."""
+# What of a tensor is wanted, as an entry within its own.
+Part = Callable[[str, TensorEntry], TensorEntry]
+
+
+def all_of(name: str, entry: TensorEntry) -> TensorEntry:
+    """The tensor as it is."""
+    return entry
+
+
+def gather(pieces: Iterator[tuple[int, bytes]], size: int, part: Part = all_of) -> dict[str, Tensor]:
+    """The tensors of a file, or parts of them, from its pieces, in memory once. Raises TensorFileError; checks no content."""
     first = next(pieces)[1]
     length = _header_length(first[:8], size, "tensors")
     entries = parse_header(first[8 : 8 + length])
     _check_end(entries, length, size, "tensors")
     if sum(entry.end - entry.start for entry in entries.values()) > size:
         raise TensorFileError("its tensors overlap")
+    entries = {name: part(name, entry) for name, entry in entries.items()}
     tensors = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in entries.items()}
     for start, data in chain([(0, first)], pieces):
         for name, entry in entries.items():

@@ -215,6 +215,10 @@ class Worker:
         """A full-precision block of the caller's own, the weights of the linears in `without` not read."""
         return load_block(self.skeleton, self.source, index, self.context.dtype, self.device, without)
 
+    def forget_block(self) -> None:
+        """Let go of the kept one: it is read again when it is asked for."""
+        self._block = None
+
     def frozen_block(self, index: int) -> nn.Module:
         """The full-precision block as a loss runs it. Kept until `keep_frozen`; do not change it."""
         if index not in self._frozen:
@@ -234,6 +238,12 @@ class Worker:
         if self._tail is None:
             self._tail = self._make_tail(range(index, len(self.skeleton)))
         return self._tail
+
+    def trainee_arguments(self, index: int, sequence_length: int) -> Arguments:
+        """What it is called with."""
+        if self.config.finetune.blocks is None:
+            return self.arguments(index, sequence_length)
+        return self.trainee(index).arguments(sequence_length)
 
     def _make_tail(self, blocks: range) -> Trainee:
         assert isinstance(self.source, PackedSource)

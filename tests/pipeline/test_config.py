@@ -162,11 +162,6 @@ def test_values_out_of_range_are_named(section: str, key: str, value: Any) -> No
             "set compute.group to 1 or less",
         ),
         (
-            {"compute": {"group": 2, "engine": "deepspeed"}},
-            "compute.group is 2, and compute.engine deepspeed trains a block in one process",
-            "set compute.group to 1",
-        ),
-        (
             {"compute": {"engine": "deepspeed", "checkpoint": True}},
             "compute.checkpoint runs parts of a block again",
             "compute.checkpoint to false",

@@ -284,3 +284,17 @@ def test_shifts_alone_and_unknown_kinds_are_refused() -> None:
     assert method.equivalence_kinds(SchemeConfig()) == ("norm", "value_output", "up_down")
     attention = SchemeConfig(activation_bits=4, quantize_qkv=True)
     assert method.equivalence_kinds(attention) == ("norm", "value_output", "query_key", "up_down")
+
+
+def test_experts_in_a_group_that_holds_blocks_in_parts_are_refused(
+    tiny_model: TinyModel, short_text: Path, tmp_path: Path
+) -> None:
+    folder = family(tiny_model, tmp_path / "m", "mixtral", **MIXTURE)
+    settings: dict[str, Any] = {"scheme": {"symmetric": True}, "optimizer": {"batch_size": 2}}
+    config = tiny_config(folder, short_text, tmp_path / "run", compute={"engine": "deepspeed", "group": 2}, **settings)
+    for check in (lambda: prepare(config, Silent()), lambda: estimate(config)):
+        with pytest.raises(
+            UserError, match=r"compute\.group is 2 .* is a mixture of experts, .* set compute\.group to 1"
+        ):
+            check()
+    prepare(tiny_config(folder, short_text, tmp_path / "run", compute={"group": 2}, **settings), Silent())

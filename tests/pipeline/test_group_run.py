@@ -29,7 +29,11 @@ SIZE: dict[str, Any] = {
     "optimizer": {"batch_size": 4},
     "schedule": {"kind": "sequential"},
 }
-GROUP = SIZE | {"compute": {"group": 2}, "cluster": {"workers": 1}}
+ENGINES = ("torch", "deepspeed")
+
+
+def group(engine: str) -> dict[str, Any]:
+    return SIZE | {"compute": {"group": 2, "engine": engine}, "cluster": {"workers": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +41,21 @@ def model(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
     return tiny_model(tmp_path_factory.mktemp("group") / "model")
 
 
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
+
+
 @pytest.fixture(scope="module")
-def undisturbed(model: Path, short_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    config = tiny_config(model, short_text, tmp_path_factory.mktemp("undisturbed") / "run", **GROUP)
+def undisturbed(engine: str, model: Path, short_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    config = tiny_config(model, short_text, tmp_path_factory.mktemp("undisturbed") / "run", **group(engine))
     return run(config, workers=ray_workers)[0]
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path, short_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return run(tiny_config(model, short_text, tmp_path_factory.mktemp("alone") / "run", **SIZE))[0]
 
 
 def losses(finished: Finished) -> list[float]:
@@ -50,10 +65,7 @@ def losses(finished: Finished) -> list[float]:
 
 
 @pytest.mark.ray
-def test_two_actors_have_the_losses_of_one(
-    undisturbed: Finished, model: Path, short_text: Path, tmp_path: Path
-) -> None:
-    alone, _ = run(tiny_config(model, short_text, tmp_path / "run", **SIZE))
+def test_two_actors_have_the_losses_of_one(undisturbed: Finished, alone: Finished) -> None:
     (first, *later), (first_alone, *later_alone) = losses(undisturbed), losses(alone)
     assert first == pytest.approx(first_alone, rel=FIRST)
     assert later == pytest.approx(later_alone, rel=RELATIVE)
@@ -89,9 +101,9 @@ class Killer(Silent):
 
 @pytest.mark.ray
 def test_a_member_is_killed_and_the_group_goes_on_from_its_last_commit_to_the_same_bytes(
-    undisturbed: Finished, model: Path, short_text: Path, tmp_path: Path
+    undisturbed: Finished, engine: str, model: Path, short_text: Path, tmp_path: Path
 ) -> None:
-    changed = GROUP | {"cluster": {"workers": 1, "commit_every_seconds": 0}}
+    changed = group(engine) | {"cluster": {"workers": 1, "commit_every_seconds": 0}}
     report = Killer(tmp_path / "run")
     finished, _ = run(tiny_config(model, short_text, tmp_path / "run", **changed), report, ray_workers)
     assert report.lost
@@ -105,4 +117,4 @@ def test_one_process_does_not_train_what_a_group_is_named_by(model: Path, short_
     with pytest.raises(
         StoppedError, match=r"compute.group is 2, but this worker is a group of 1: .* set compute.group"
     ):
-        run(tiny_config(model, short_text, tmp_path / "run", **GROUP))
+        run(tiny_config(model, short_text, tmp_path / "run", **group("torch")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from pipeline.costs import Device
 from pipeline.errors import UserError
 from pipeline.memory_plan import BASE, DRIVER, GIB, MemoryPlan, Peak, worker_peak
 from pipeline.plan import Workers, parse_size, plan
-from pipeline.plan_choice import Limits, choose, present_engine
+from pipeline.plan_choice import Choice, Limits, choose, present_engine
 from pipeline.plan_shapes import BlockShape, block_shape
 from pipeline.prepare import prepare
 from pipeline.skeleton import Skeleton, make_skeleton
@@ -210,6 +211,27 @@ def test_a_gpu_holds_the_block_and_the_host_does_not() -> None:
     assert "activations" not in host.terms
     with pytest.raises(UserError, match="of GPU memory"):
         choose(SEVENTY, large(), Limits(gpu_memory=4 * GIB), "cuda")
+
+
+def test_a_group_with_deepspeed_is_proposed_and_holds_parts() -> None:
+    """Where a block in each of four actors is too much, and a quarter of one is not."""
+
+    def peak(found: Choice | MemoryPlan) -> float:
+        units = found.units if isinstance(found, Choice) else found.units()
+        return worker_peak(units, "host")[1].total
+
+    sections: dict[str, Any] = {"method": {"increment": "dense"}, "optimizer": {"batch_size": 4}}
+    config = given(512, compute={"dtype": "bfloat16", "group": 4}, **sections)
+    assert choose(SEVENTY, config, Limits()).engine.name == "torch"
+    whole = MemoryPlan(SEVENTY, config, replace(present_engine(config), micro_batch=1, recompute=True, checkpoint=True))
+    found = choose(SEVENTY, config, Limits(memory=peak(whole) - GIB / 2))
+    assert (found.engine.name, found.engine.parts) == ("deepspeed", 4)
+    assert "compute.engine: deepspeed" in dict(found.lines)
+    eight = MemoryPlan(SEVENTY, config, replace(found.engine, parts=8))
+    assert peak(eight) < peak(found) < peak(whole)
+    two = given(512, compute={"dtype": "bfloat16", "group": 2}, **sections)
+    with pytest.raises(UserError, match=r"compute.group 4 with compute.engine deepspeed \(4 actors hold a part"):
+        choose(SEVENTY, two, Limits(memory=0.7 * peak(whole)))
 
 
 @pytest.mark.parametrize(("text", "size"), [("80GiB", 80 * GIB), ("64 GB", 64e9), ("1.5tib", 1536 * GIB), ("100", 100)])

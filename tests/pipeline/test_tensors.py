@@ -15,12 +15,15 @@ from torch import Tensor
 
 from pipeline.store import Store, open_store
 from pipeline.tensors import (
+    TensorEntry,
     TensorFileError,
     deserialize,
     file_order,
+    gather,
     layout_bytes,
     parse_header,
     read_header,
+    read_pieces,
     read_tensor,
     serialize,
     tensor_bytes,
@@ -68,6 +71,19 @@ def header_of(data: bytes) -> dict[str, Any]:
 def raw_file(header: Any, data: bytes = b"") -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
+
+
+def test_parts_of_tensors_are_kept_alone_however_the_file_comes_in_pieces(store: Store) -> None:
+    tensors = {"cut": torch.arange(10, dtype=torch.int16).view(2, 5), "whole": torch.arange(3.0)}
+    store.put("file", file_bytes(tensors))
+
+    def middle(name: str, entry: TensorEntry) -> TensorEntry:
+        return TensorEntry(entry.dtype, (4,), entry.start + 6, entry.start + 14) if name == "cut" else entry
+
+    size = store.size("file")
+    for piece in (1, 5, size):
+        found = gather(read_pieces(store, "file", size, piece), size, middle)
+        assert_same(found, {"cut": torch.arange(3, 7, dtype=torch.int16), "whole": tensors["whole"]})
 
 
 # --- the format ------------------------------------------------------------------------------------------------------
