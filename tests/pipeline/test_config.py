@@ -221,13 +221,6 @@ def test_a_rank_that_nothing_has_needs_no_weights_of_that_size() -> None:
     assert method.increments.smallest_rank == 1
 
 
-def test_a_schedule_of_another_kind_takes_nothing_of_a_presets() -> None:
-    for kind in ("sequential", "parallel"):
-        schedule = parse_config(tree(preset="best", schedule={"kind": kind})).schedule
-        assert (schedule.kind, schedule.lead) == (kind, 0)
-    assert parse_config(tree(preset="best", schedule={"kind": "wave"})).schedule.lead == 1
-
-
 def test_nothing_to_train() -> None:
     nothing = {"clipping": "none", "increment": "none"}
     assert "nothing is trained" in refusal(method=nothing, optimizer={"epochs": 2})

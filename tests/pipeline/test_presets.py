@@ -76,6 +76,15 @@ def test_rules_apply_to_their_schemes_and_the_later_one_wins(
     assert (config.method.increment, config.method.rank) == ("dense", 8)
 
 
+def test_a_schedule_of_another_kind_takes_nothing_of_a_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "leading.yaml").write_text("set: {schedule: {kind: wave, lead: 1}, optimizer: {epochs: 4}}")
+    monkeypatch.setattr(presets, "preset_folder", lambda: tmp_path)
+    for kind in ("sequential", "parallel"):
+        schedule = parse_config(tree(preset="leading", schedule={"kind": kind})).schedule
+        assert (schedule.kind, schedule.lead) == (kind, 0)
+    assert parse_config(tree(preset="leading", schedule={"kind": "wave"})).schedule.lead == 1
+
+
 @pytest.mark.usefixtures("ruled")
 def test_what_the_file_and_the_command_line_say_wins(tmp_path: Path) -> None:
     path = tmp_path / "x.yml"
