@@ -100,7 +100,8 @@ def test_it_lowers_every_loss_where_channels_differ(
         where = tmp_path / ("with" if equivalence else "without")
         finished, result = run(tiny_config(model, short_text, where, method=method, **sections))
         losses[bool(equivalence)] = [block["loss"] for block in block_reports(finished)]
-    assert all(with_it < 0.95 * without for with_it, without in zip(losses[True], losses[False], strict=True))
+    assert all(with_it < without for with_it, without in zip(losses[True], losses[False], strict=True))
+    assert sum(losses[True]) < 0.9 * sum(losses[False])
     assert_loader_agrees(finished, result, short_text)
 
 
