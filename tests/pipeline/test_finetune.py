@@ -343,14 +343,14 @@ def test_a_loss_that_is_not_finite_keeps_the_best_state_and_flags_it(
 
 
 def test_a_fine_tune_that_fails_for_good_stops_and_quarantines_nothing(
-    rounded: Callable[..., Path], short_text: Path, tmp_path: Path
+    rounded: Callable[..., Path], short_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A learning rate that float32 cannot hold."""
-    config = tune_config(
-        rounded("symmetric"), short_text, tmp_path / "run", optimizer={"increment_learning_rate": 1e38}
-    )
-    with pytest.raises(StoppedError, match="failed 3 times"):
-        run(config)
+    def fail(*arguments: object) -> float:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr("lsi.reconstruct.Reconstruction.step", fail)
+    with pytest.raises(StoppedError, match="failed 3 times.*the device is gone"):
+        run(tune_config(rounded("symmetric"), short_text, tmp_path / "run"))
     assert not (tmp_path / "run/quarantine").exists()
     assert not (tmp_path / "run/checkpoint/config.json").exists()
 
