@@ -349,7 +349,7 @@ def test_a_fine_tune_that_fails_for_good_stops_and_quarantines_nothing(
         raise RuntimeError("the device is gone")
 
     monkeypatch.setattr("lsi.reconstruct.Reconstruction.step", fail)
-    with pytest.raises(StoppedError, match="failed 3 times.*the device is gone"):
+    with pytest.raises(StoppedError, match=r"failed 3 times.*the device is gone"):
         run(tune_config(rounded("symmetric"), short_text, tmp_path / "run"))
     assert not (tmp_path / "run/quarantine").exists()
     assert not (tmp_path / "run/checkpoint/config.json").exists()
