@@ -76,24 +76,21 @@ def _where_to_look(url: str, token: Path) -> list[str]:
     ]
 
 
-def _start(cpus: int | None, dashboard: bool, directory: str) -> str:
+def _start(cpus: int | None, dashboard: bool, directory: str, *, again: bool = True) -> str:
     """A private Ray, at the second attempt if the first one was only late."""
     try:
         return _start_once(cpus, dashboard, directory)
     except Exception as late:
         if _LATE not in str(late):
             raise
-        log.warning("Ray has not started within its time; once more")
+        if not again:
+            raise ClusterError(
+                "Ray has twice not started within the 30 seconds that it gives itself: this machine is too busy or short of memory; "
+                "give the same command again when it is not, what was committed is taken up."
+            ) from late
+    log.warning("Ray has not started within its time; once more")
     guard.end_all(directory, spare=os.getpid())
-    try:
-        return _start_once(cpus, dashboard, directory)
-    except Exception as late:
-        if _LATE not in str(late):
-            raise
-        raise ClusterError(
-            "Ray has twice not started within the 30 seconds that it gives itself: this machine is too busy or short of memory; "
-            "give the same command again when it is not, what was committed is taken up."
-        ) from late
+    return _start(cpus, dashboard, directory, again=False)
 
 
 def _start_once(cpus: int | None, dashboard: bool, directory: str) -> str:
