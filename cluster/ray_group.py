@@ -139,7 +139,7 @@ class RayGroup:
         if failed or process is seat.processes[0]:
             seat.answer = answer
         if seat.unit is None:
-            return self._started(seat, answer) if failed or not seat.busy else []
+            return self._lose(seat, answer.message, fatal=answer.kind == "fatal") if failed else self._started(seat)
         if failed and seat.pool.members > 1:
             # One that dies is a failure to the others, who may be heard first: the unit's own only if all are alive.
             for each in seat.processes:
@@ -163,9 +163,11 @@ class RayGroup:
             return [*self._leaving(seat), UnitReturned(unit.name, seat.worker)]
         return [UnitDone(unit.name, seat.worker, answer)]
 
-    def _started(self, seat: Seat, failure: Failure | None) -> list[Event]:
-        if failure is not None:
-            return self._lose(seat, failure.message, fatal=failure.kind == "fatal")
+    def _started(self, seat: Seat) -> list[Event]:
+        """It joins once all its processes have started and said where they are, in whichever order these are heard: one
+        that is given a unit before could be stopped, and taken for one that never found room."""
+        if seat.live or seat.busy or not all(process.placed for process in seat.processes):
+            return []
         seat.live = True
         self._starts.succeeded(seat.node)
         return [_joined(seat)]
@@ -179,6 +181,7 @@ class RayGroup:
             return self._lose(seat, _cause(error))
         if isinstance(answer, Presence):
             process.present(answer)
+            return self._started(seat)
         heard = all(each.word is None for each in seat.processes)
         return self._ended(seat, seat.unit) if seat.unit and isinstance(seat.answer, Failure) and heard else []
 
@@ -200,7 +203,7 @@ class RayGroup:
             if process.word is None:
                 if waited > self._deadline / 4:
                     process.ping()
-            elif process.placed and waited > self._deadline:
+            elif (process.placed or process.call is None) and waited > self._deadline:
                 return self._lose(seat, f"has not answered for {self._deadline:g} s")
             elif not process.placed and waited > _PLACE_SECONDS:
                 self._starts.no_room(process.node, f"a worker of {seat.pool.cpus:g} CPUs and {seat.pool.gpus:g} GPUs")

@@ -21,7 +21,7 @@ from ray._private.utils import push_error_to_driver
 from ray._private.worker import global_worker
 
 from cluster import guard, seat, versions
-from cluster.events import Event, Instruction, UnitFailed, UnitReturned, WorkerLeaving, WorkerLost
+from cluster.events import Event, Instruction, UnitFailed, UnitReturned, WorkerJoined, WorkerLeaving, WorkerLost
 from cluster.group import Setup
 from cluster.loop import run_units
 from cluster.pools import Pool
@@ -193,6 +193,24 @@ def test_a_stopped_worker_is_lost_and_its_late_answer_does_not_count(
             os.kill(stopped, signal.SIGCONT)
             assert run_units(group, [do("b", "nothing")]).results["b"]["pid"] == outcome.results["a"]["pid"]
             assert _until(lambda: _ended(stopped))
+    finally:
+        group.close()
+
+
+def test_a_worker_that_started_joins_once_it_has_said_where_it_is(
+    session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    withheld: set[Any] = set()
+    ready = RayGroup._ready
+    monkeypatch.setattr(RayGroup, "_ready", lambda group, timeout: ready(group, timeout) - withheld)
+    group = RayGroup(handlers.setup, [Pool(cpus=0.1, most=1)])
+    try:
+        withheld |= {process.word for each in group._seats.values() for process in each.processes}
+        assert _until(lambda: (group.poll(0.1), not any(each.busy for each in group._seats.values()))[1])
+        assert group.workers() == []
+        withheld.clear()
+        assert isinstance(_poll_until(group, WorkerJoined), WorkerJoined)
+        assert not any(isinstance(event, WorkerJoined) for event in group.poll(0.2))
     finally:
         group.close()
 
