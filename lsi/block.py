@@ -117,6 +117,17 @@ def run_block(
     return output[0] if isinstance(output, tuple) else output
 
 
+def at_once(hidden: Tensor) -> tuple[Tensor, ...]:
+    """A batch in the pieces that passes without gradients take: on a CPU single sequences, so that what lies between a block's
+    layers stays in the processor's cache; on a GPU all of it."""
+    return hidden.split(1) if hidden.device.type == "cpu" else (hidden,)
+
+
+def outputs_of(block: nn.Module, hidden: Hidden, arguments: Mapping[str, Any]) -> Hidden:
+    """What `run_block` returns, piece by piece. For passes without gradients."""
+    return torch.cat([run_block(block, piece, arguments) for piece in at_once(hidden)])
+
+
 def trainable(linears: Mapping[str, QuantizedLinear]) -> Iterator[tuple[str, nn.Parameter]]:
     """Every trained parameter as (linear name.part, tensor), in a fixed order."""
     for name in sorted(linears):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsi.block import run_block
+from lsi.block import outputs_of
 from pipeline.artifacts import Artifact, Writer, read_tensors
 from pipeline.worker import Chunk, Worker
 from pipeline.write_behind import Behind
@@ -52,7 +52,7 @@ class CaptureTask:
         worker.chunks.prefetch([self.inputs])  # arrives while the weights do
         block = worker.block(self.block)
         hidden = worker.chunks.get(self.inputs).to(worker.device)
-        output = run_block(block, hidden, worker.arguments(self.block, hidden.shape[1]))
+        output = outputs_of(block, hidden, worker.arguments(self.block, hidden.shape[1]))
         writer = Writer(worker.store, self.out)
         write_chunk(writer, CHUNK_FILE, output)
         writer.commit({"stamp": worker.stamp()})

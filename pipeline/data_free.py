@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lsi.block import round_block, run_block
+from lsi.block import outputs_of, round_block
 from pipeline.artifacts import Artifact, Writer
 from pipeline.block_state import WEIGHTS_FILE, BlockResult, as_loaded, read_result
 from pipeline.capture import write_chunk
@@ -69,7 +69,7 @@ class StreamTask:
                 worker.leave_if_asked()
                 worker.chunks.prefetch(self.inputs[place : place + 2])
                 hidden = worker.chunks.get(chunk).to(worker.device)
-                output = run_block(block, hidden, worker.arguments(self.block, hidden.shape[1]))
+                output = outputs_of(block, hidden, worker.arguments(self.block, hidden.shape[1]))
                 write_chunk(files, stream_file(place), output)
         writer.commit({"loss": None, "stamp": worker.stamp()})
         return {}

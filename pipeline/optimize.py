@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lsi.block import round_block, run_block
+from lsi.block import at_once, round_block, run_block
 from lsi.equivalence import Equivalence, collect_ranges
 from lsi.objective import Call, Frozen
 from pipeline.artifacts import Artifact, Writer, intact, read_record, read_tensors
@@ -284,12 +284,15 @@ class TrainTask(DoneByAll):
         with behind(stream) if stream else nullcontext() as files:
             for chunk, inputs, targets in self._pass(worker):
                 pause()
-                output = run_block(block, inputs, worker.arguments(self.block, inputs.shape[1]))
-                losses = objective.losses(output, inputs, targets, self._frozen(worker, inputs.shape[1]))
-                error += float(losses.sum(dtype=torch.float64))
-                count += losses.numel()
+                arguments, frozen = worker.arguments(self.block, inputs.shape[1]), self._frozen(worker, inputs.shape[1])
+                outputs = []
+                for some, wanted in zip(at_once(inputs), at_once(targets), strict=True):
+                    outputs.append(run_block(block, some, arguments))
+                    losses = objective.losses(outputs[-1], some, wanted, frozen)
+                    error += float(losses.sum(dtype=torch.float64))
+                    count += losses.numel()
                 if files:
-                    write_chunk(files, stream_file(chunk), output)
+                    write_chunk(files, stream_file(chunk), torch.cat(outputs))
         return error / count if math.isfinite(error) else math.inf
 
     def _pass(self, worker: Worker) -> Iterator[tuple[int, Tensor, Tensor]]:

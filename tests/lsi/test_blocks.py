@@ -12,6 +12,7 @@ from lsi.block import (
     is_skipped,
     linear_names,
     load_quantized,
+    outputs_of,
     replace_linears,
     round_block,
     run_block,
@@ -119,3 +120,10 @@ class Doubling(nn.Module):
 def test_run_block_takes_the_hidden_states(as_tuple: bool) -> None:
     hidden = normal(2, 3, 4)
     assert_same(run_block(Doubling(as_tuple), hidden, {"factor": 2.0}), hidden * 2)
+
+
+def test_outputs_on_a_cpu_do_not_depend_on_how_many_sequences_there_are_at_once() -> None:
+    layer, task = make_layer(), make_task()
+    assert_same(outputs_of(layer, task.inputs, task.arguments), run_block(layer, task.inputs, task.arguments))
+    parts = [outputs_of(layer, some, task.arguments) for some in task.inputs.split(2)]
+    assert torch.equal(outputs_of(layer, task.inputs, task.arguments), torch.cat(parts))

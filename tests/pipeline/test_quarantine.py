@@ -130,7 +130,7 @@ def test_the_next_block_trains_on_the_rounded_ones_outputs(
     poison(monkeypatch, 1)
     storage = {"keep_activations": True}
     finished, _ = run(tiny_config(model, short_text, tmp_path / "run", storage=storage, cluster=ONCE))
-    from lsi.block import run_block
+    from lsi.block import outputs_of
 
     (node,) = [node for node in finished.graph.nodes if isinstance(node.task, StreamTask)]
     assert isinstance(node.task, StreamTask)
@@ -140,7 +140,7 @@ def test_the_next_block_trains_on_the_rounded_ones_outputs(
     BlockResult.unpack(read_tensors(finished.prepared.store, artifact, WEIGHTS_FILE)).load(block)
     hidden = worker.chunks.get(node.task.inputs[0])
     with torch.no_grad():
-        expected = run_block(block, hidden, worker.arguments(1, hidden.shape[1]))
+        expected = outputs_of(block, hidden, worker.arguments(1, hidden.shape[1]))
     written = read_tensors(finished.prepared.store, node.task.stream, "chunk-00000.safetensors")["hidden"]
     assert torch.equal(written, expected)
 
