@@ -221,6 +221,18 @@ class OptimizerConfig(Section):
     seed: int = Field(0, description="order of the samples")
 
 
+class EndToEndConfig(Section):
+    """After the blocks: the scales of all of them trained together, codes and zero points as they are, towards the
+    full-precision model's distribution of the next token.
+
+    AdamW along a cosine. A worker holds the whole model for it, a byte a weight and what the backward pass needs.
+    """
+
+    epochs: int = Field(0, ge=0, description="passes over the calibration samples; 0: blocks stay as they were trained")
+    batch_size: int = Field(4, ge=1, description="sequences a step; up to 4 of them are one unit of work")
+    learning_rate: float = Field(5e-3, gt=0, description="of each scale, as a part of itself")
+
+
 class ScheduleConfig(Section):
     """What a block trains on, and so which blocks can train at the same time."""
 
@@ -424,7 +436,7 @@ class RunConfig(Section):
 
     preset: str | None = Field(
         None,
-        description="fast, best or paper (configs/presets): method, optimizer and schedule for the scheme; keys given here win",
+        description="fast, best or paper (configs/presets): method, optimizer, schedule and end_to_end for the scheme; keys given here win",
     )
     model: ModelConfig
     data: DataConfig
@@ -432,6 +444,7 @@ class RunConfig(Section):
     method: MethodConfig = MethodConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    end_to_end: EndToEndConfig = EndToEndConfig()
     compute: ComputeConfig = ComputeConfig()
     cluster: ClusterConfig = ClusterConfig()
     storage: StorageConfig

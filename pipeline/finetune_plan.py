@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from lsi.block import linear_names
 from pipeline.artifacts import Artifact
 from pipeline.capture import CHUNK_FILE, TOKENS_FILE
-from pipeline.config import MethodConfig, RunConfig, ScheduleConfig, SchemeConfig
+from pipeline.config import EndToEndConfig, MethodConfig, RunConfig, ScheduleConfig, SchemeConfig
 from pipeline.errors import UserError
 from pipeline.evaluate import EvaluateTask, Variant
 from pipeline.finetune import TuneTask
@@ -34,6 +34,7 @@ IDLE = {
         "quantized_stream_loss",
     ),
     "schedule": tuple(ScheduleConfig.model_fields),
+    "end_to_end": tuple(EndToEndConfig.model_fields),
 }
 BITS = (2, 3, 4, 6, 8)
 
@@ -85,7 +86,7 @@ def check_settings(config: RunConfig) -> None:
         raise UserError(
             "optimizer.epochs is 0, but a fine-tune without training is the checkpoint itself: set 1 or more"
         )
-    defaults = {"method": MethodConfig(), "schedule": ScheduleConfig()}
+    defaults = {"method": MethodConfig(), "schedule": ScheduleConfig(), "end_to_end": EndToEndConfig()}
     for section, keys in IDLE.items():
         for key in keys:
             asked, default = getattr(getattr(config, section), key), getattr(defaults[section], key)
@@ -157,7 +158,7 @@ class TuneBuilder(Builder):
             node_name = f"optimize/{self.first:03d}/{epoch:03d}"
             self.add(Node(node_name, "optimize", self.first, task, reads, makes, (self.first, 1, epoch), "tail"))
             previous = state
-        self.quantized = list(results)
+        self.quantized = self.final = list(results)
 
     def shard_task(self, file: str, names: tuple[str, ...], results: Mapping[int, Artifact], out: Artifact) -> Task:
         """What makes a shard."""

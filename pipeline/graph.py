@@ -17,6 +17,7 @@ from pipeline.block_state import learning_rates
 from pipeline.capture import CHUNK_FILE, CaptureTask, EmbedTask
 from pipeline.config import RunConfig, ScheduleConfig
 from pipeline.data_free import RoundTask, StreamTask
+from pipeline.end_to_end import GradientTask, Part, ScaledTask, UpdateTask, steps_of
 from pipeline.evaluate import EvaluateTask, Variant
 from pipeline.merge import MergeTask
 from pipeline.optimize import Comparison, TrainTask, stream_file
@@ -24,8 +25,8 @@ from pipeline.partial import unit_name
 from pipeline.worker import Chunk, Task
 
 # Artifacts that are deleted once their last reader has committed.
-TRANSIENT = ("hidden", "stream", "state", "partial")
-KINDS = (*TRANSIENT, "factors", "quarantine", "quantized", "evaluation", "shard")
+TRANSIENT = ("hidden", "stream", "state", "partial", "gradient", "scales")
+KINDS = (*TRANSIENT, "factors", "quarantine", "quantized", "scaled", "evaluation", "shard")
 # Blocks that one unit of the quantized model's evaluation passes.
 EVALUATION_PART = 10
 # Sums on a CPU and on a GPU differ: all units but the merge, which computes nothing, go to one kind of workers.
@@ -171,6 +172,8 @@ class Builder:
         self.hidden: list[list[Artifact]] = []
         self.streams: dict[tuple[int, int], Artifact] = {}
         self.quantized: list[Artifact] = []
+        # What is evaluated and merged: the blocks' results, or these with scales trained end to end.
+        self.final: list[Artifact] = []
 
     def key(self, kind: str, **reads: Any) -> str:
         return digest({"kind": kind, **self.base, **reads})
@@ -192,6 +195,7 @@ class Builder:
         else:
             for block in range(self.inputs.blocks):
                 self._round(block, "000")
+        self.final = self._end_to_end() if self.config.end_to_end.epochs else self.quantized
         self._evaluate()
         self._merge()
         return self.graph
@@ -312,11 +316,69 @@ class Builder:
                 self.add(Node(name, "optimize", block, task, reads, (out,), (block, 1, epoch), affinity))
             self.streams[block, epoch] = made[sources]
 
+    def _end_to_end(self) -> list[Artifact]:
+        """The steps of the last stage, and what it makes of every block."""
+        if not self.hidden:
+            self._embed()
+        while len(self.hidden) <= self.inputs.blocks:
+            self._capture(len(self.hidden) - 1)
+        results, steps = tuple(self.quantized), steps_of(self.config)
+        key = self.key(
+            "end to end",
+            settings=self._settings("scheme", "end_to_end"),
+            seed=self.config.optimizer.seed,
+            results=[a.key for a in results],
+            ends=[a.key for boundary in (self.hidden[0], self.hidden[-1]) for a in boundary],
+            weights=[*self.inputs.block_digests, self.inputs.outer_digest],
+        )
+        scales: Artifact | None = None
+        before: tuple[Artifact, ...] = ()
+        for step, parts in enumerate(steps):
+            gradients = self._gradients(key, f"step-{step:04d}", step, parts, scales)
+            before = before or gradients
+            previous, scales = scales, Artifact("scales", f"step-{step:04d}", key)
+            task = UpdateTask(step, len(steps), self.inputs.blocks, gradients, previous, scales)
+            reads = (*gradients, *((previous,) if previous else ()))
+            self._add_end(f"step-{step:04d}/update", task, reads, scales, (step, 1), 0)
+        assert scales is not None
+        after = self._gradients(key, "after", len(steps), steps[0], scales, backward=False)
+        made = []
+        for block, result in enumerate(results):
+            out = Artifact("scaled", f"block-{block:03d}", key)
+            ended = ScaledTask(block, result, scales, before, after, out)
+            self._add_end(
+                f"block-{block:03d}", ended, (result, scales, *before, *after), out, (len(steps), 1, block), block
+            )
+            made.append(out)
+        return made
+
+    def _gradients(
+        self, key: str, name: str, step: int, parts: list[Part], scales: Artifact | None, *, backward: bool = True
+    ) -> tuple[Artifact, ...]:
+        """Units of a step that share its sequences."""
+        made = []
+        for place, part in enumerate(parts):
+            out = Artifact("gradient", f"{name}-{place:02d}", key)
+            inputs, targets = (self.hidden[boundary][part.chunk] for boundary in (0, -1))
+            chunks = Chunk(inputs, CHUNK_FILE), Chunk(targets, CHUNK_FILE)
+            task = GradientTask(part, tuple(self.quantized), scales, *chunks, out, backward)
+            reads = (*self.quantized, inputs, targets, *((scales,) if scales else ()))
+            self._add_end(f"{name}/{place:02d}", task, reads, out, (step, 0, place), place)
+            made.append(out)
+        return tuple(made)
+
+    def _add_end(
+        self, name: str, task: Task, reads: tuple[Artifact, ...], out: Artifact, order: tuple[int, ...], place: int
+    ) -> None:
+        """A unit of the last stage: after all blocks, and where the whole model may be at hand already."""
+        priority, affinity = (self.inputs.blocks, -1, *order), f"end to end {place}"
+        self.add(Node(f"end_to_end/{name}", "end_to_end", -1, task, reads, (out,), priority, affinity))
+
     def _evaluate(self) -> None:
         variants: list[Variant] = [*self.config.evaluation.baselines, "quantized"]
         weights = [*self.inputs.block_digests, self.inputs.outer_digest]
         for variant in variants:
-            results = tuple(self.quantized) if variant == "quantized" else ()
+            results = tuple(self.final) if variant == "quantized" else ()
             scheme = self.config.scheme.model_dump(mode="json") if variant == "round_to_nearest" else None
             for name, text in self.inputs.texts.items():
                 reads = {"variant": variant, "text": text.key, "scheme": scheme}
@@ -334,7 +396,7 @@ class Builder:
         for start in range(0, _last_part(self.inputs.blocks), EVALUATION_PART):
             stop = start + EVALUATION_PART
             weights = [*self.inputs.block_digests[:stop], self.inputs.outer_digest]
-            results = tuple(self.quantized[:stop])
+            results = tuple(self.final[:stop])
             key = self.key("evaluation states", **reads, weights=weights, results=[a.key for a in results])
             out = Artifact("hidden", f"evaluation-{name}-boundary-{stop:03d}", key)
             task = EvaluateTask("quantized", text, start, stop, results[start:], before, out)
@@ -353,7 +415,7 @@ class Builder:
     def _merge(self) -> None:
         weights = [self.inputs.outer_digest, *self.inputs.block_digests]
         for file, names, blocks in self.inputs.shards:
-            results = {block: self.quantized[block - self.first] for block in blocks}
+            results = {block: self.final[block - self.first] for block in blocks}
             # A shard is a place, too: the same weights merged elsewhere are another artifact.
             place = self.config.outputs.checkpoint
             key = self.key(
@@ -370,7 +432,7 @@ class Builder:
             self.add(Node(f"merge/{file}", "merge", -1, task, reads, (out,), (self.inputs.blocks, 1)))
             self.graph.goals.append(out)
         # The report reads them, and so do the next merge and evaluation, though nothing of this run may need them any more.
-        self.graph.goals += self.quantized
+        self.graph.goals += [*self.quantized, *(a for a in self.final if a.kind != "quantized")]
 
 
 def build_graph(inputs: Inputs) -> Graph:

@@ -1,4 +1,4 @@
-"""Presets: one word in a configuration that stands for a method, an optimizer and a schedule, by bits and grouping.
+"""Presets: one word in a configuration that stands for a method, an optimizer, a schedule and an end, by bits and grouping.
 
 A preset is a YAML file of configs/presets:
 
@@ -21,7 +21,7 @@ import yaml
 
 from pipeline.errors import UserError
 
-SECTIONS = ("method", "optimizer", "schedule")
+SECTIONS = ("method", "optimizer", "schedule", "end_to_end")
 
 
 def preset_folder() -> Path:

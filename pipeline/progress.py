@@ -40,6 +40,7 @@ STAGES = {
     "inspect": "read weights",
     "capture": "capture",
     "optimize": "optimize",
+    "end_to_end": "end to end",
     "evaluate": "evaluate",
     "merge": "merge",
 }
@@ -159,7 +160,8 @@ def stage_of(unit: str) -> str:
 def note_of(node: Node, result: dict[str, Any]) -> str:
     """A few words on what the unit found."""
     if result.get("loss") is not None:
-        return f"block {node.block}  loss {result['loss']:.3e}"
+        where = f"block {node.block}" if node.block >= 0 else node.name.split("/")[1].replace("-", " ")
+        return f"{where}  loss {result['loss']:.3e}"
     if "perplexity" in result:
         _, variant, text = node.name.split("/")
         return f"{variant.replace('_', ' ')}, {text}: {result['perplexity']:.2f}"

@@ -57,6 +57,12 @@ def block_reports(finished: Finished) -> list[dict[str, Any]]:
     return [record.meta for record in records(finished.prepared.store, artifacts_of(finished, "quantized"))]
 
 
+def end_report(finished: Finished) -> dict[str, Any] | None:
+    """Losses, status and what was kept of the end-to-end stage; None where there was none."""
+    found = records(finished.prepared.store, artifacts_of(finished, "scaled")[:1])
+    return found[0].meta if found else None
+
+
 def without_times(block: dict[str, Any]) -> dict[str, Any]:
     """A block's report without what differs from run to run."""
     history = [{k: v for k, v in entry.items() if k not in TIMES} for entry in block["history"]]
@@ -235,6 +241,7 @@ def publish_checkpoint(finished: Finished) -> None:
     manifest = {
         "identity": recipe_of(prepared),
         "perplexity": table,
+        "end_to_end": end_report(finished),
         "flagged": flagged(blocks),
         "blocks": [without_times(block) for block in blocks],
         **tuned_from(prepared),
@@ -270,6 +277,7 @@ def write_result(finished: Finished) -> dict[str, Any]:
         "untrained_experts": {
             str(block["block"]): block["untrained_experts"] for block in blocks if block.get("untrained_experts")
         },
+        "end_to_end": end_report(finished),
         "flagged_blocks": [block["block"] for block in flagged(blocks)],
         "flagged": flagged(blocks),
         "seconds": {name: round(value, 2) for name, value in finished.seconds.items()} | training_seconds(blocks),

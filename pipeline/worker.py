@@ -158,6 +158,8 @@ class Worker:
         self._block: tuple[int, nn.Module] | None = None
         self._frozen: dict[int, nn.Module] = {}
         self._tail: Trainee | None = None
+        # The end-to-end stage keeps its model here from one unit to the next.
+        self.student: object = None
         self._engine: Engine | None = None
         # The optimize stage keeps its block here from one epoch to the next.
         self.held: tuple[str, Any] | None = None
@@ -267,6 +269,7 @@ class Worker:
         self._block = None
         self._frozen = {}
         self._tail = None
+        self.student = None
         self.held = None
         if self._engine is not None:
             self._engine.close()

@@ -1,0 +1,189 @@
+"""The scales of a whole quantized model, trained together while its codes and zero points stay.
+
+A block that is trained by itself is held against hidden states, and does not know what the model makes of an error. The scales
+are few, one number in a group, and how they are best is a question to all blocks at once (EfficientQAT, arXiv 2407.11062,
+section 3.3): so they are trained last, towards the full-precision model's distribution over the next token.
+
+Every scale is trained as a factor of itself, so that one learning rate serves all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lsi.factors import MANY
+from lsi.grid import QuantizedWeight, row_pieces, straight_through
+from lsi.steps import cosine
+
+Logits = Float[Tensor, "batch sequence vocabulary"]
+# So many tokens have their logits in memory at once.
+TOKENS_AT_ONCE = 256
+
+
+class _Product(torch.autograd.Function):
+    """x · W_hatᵀ with W_hat = scale · (codes − zero), and the gradients of x and of the scale. Keeps x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, linear: ScaledLinear, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.linear, ctx.dtype = linear, dtype
+        return functional.linear(x.to(dtype), linear.weight_of(scale, dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale = ctx.saved_tensors
+        gradient, linear = gradients[0], ctx.linear
+        by_input = (gradient @ linear.weight_of(scale, ctx.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
+        by_weight = gradient.flatten(0, -2).t() @ x.to(ctx.dtype).flatten(0, -2)
+        return by_input, linear.by_scale(by_weight), None, None
+
+
+class ScaledLinear(nn.Module):
+    """y = x · W_hatᵀ + b with W_hat = factor · scale · (codes − zero point); `factor`, a number a group, is what is trained.
+
+    The scale is rounded to the dtype it is stored in, straight-through: what is trained is what is loaded.
+
+    W_hat is made in every pass from the codes, which take a byte a weight; small ones are kept until the factor is put in anew.
+    """
+
+    codes: UInt8[Tensor, "out groups size"]
+    zero_point: UInt8[Tensor, "out groups"]
+    scale: Float[Tensor, "out groups"]
+    bias: Float[Tensor, " out"] | None
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("codes", weight.codes.view(*weight.scale.shape, -1), persistent=False)
+        self.register_buffer("zero_point", weight.zero_point, persistent=False)
+        self.register_buffer("scale", weight.scale, persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach().float(), persistent=False)
+        self.factor = nn.Parameter(torch.ones(weight.scale.shape, device=weight.scale.device))
+        self.kept: Tensor | None = None
+
+    def put(self, factor: Float[Tensor, "out groups"]) -> None:
+        """Compute with this factor from now on."""
+        self.factor.data = factor.to(self.factor.device)
+        self.kept = None
+
+    def present_scale(self) -> Float[Tensor, "out groups"]:
+        """In float32, rounded to the dtype that it is stored in. A scale never changes its sign, and never vanishes."""
+        scale = self.scale.float() * self.factor.clamp(min=0.5, max=2.0)
+        return straight_through(scale, scale.to(self.scale.dtype).float())
+
+    @torch.no_grad()
+    def weight_of(self, scale: Float[Tensor, "out groups"], dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        """W_hat, rounded to `dtype`."""
+        if self.kept is not None and self.kept.dtype == dtype:
+            return self.kept
+        weight = QuantizedWeight(self.codes.flatten(1), scale, self.zero_point).dequantize(dtype)
+        self.kept = weight if weight.numel() < MANY else None
+        return weight
+
+    def by_scale(self, by_weight: Float[Tensor, "out in"]) -> Float[Tensor, "out groups"]:
+        """The scale's gradient from that of W_hat, in float32."""
+        result = torch.empty(self.scale.shape, device=by_weight.device)
+        grouped = by_weight.view(self.codes.shape)
+        for rows in row_pieces(grouped):
+            steps = self.codes[rows].float().sub_(self.zero_point[rows].float().unsqueeze(-1))
+            result[rows] = steps.mul_(grouped[rows]).sum(-1)
+        return result
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        product: Tensor = _Product.apply(x, self.present_scale(), self, dtype)
+        return product if self.bias is None else product + self.bias
+
+
+def scaled(weight: QuantizedWeight, factor: Float[Tensor, "out groups"]) -> QuantizedWeight:
+    """The quantized weight with its scales multiplied, as `ScaledLinear` computes with it."""
+    linear = ScaledLinear(weight, None)
+    linear.put(factor)
+    return QuantizedWeight(weight.codes, linear.present_scale().detach().to(weight.scale.dtype), weight.zero_point)
+
+
+def replace_by_scaled(block: nn.Module, weights: Mapping[str, QuantizedWeight]) -> dict[str, ScaledLinear]:
+    """Put scaled linears in the place of a block's quantized ones, all else frozen and in float32. Returns them by name."""
+    block.requires_grad_(False)
+    linears = {}
+    for name, weight in weights.items():
+        bias = block.get_submodule(name).bias
+        linears[name] = ScaledLinear(weight, bias if isinstance(bias, Tensor) else None)
+        block.set_submodule(name, linears[name])
+    for module in block.modules():
+        if not isinstance(module, ScaledLinear):
+            for tensors in (module._parameters, module._buffers):
+                for tensor in tensors.values():
+                    if tensor is not None and tensor.is_floating_point():
+                        tensor.data = tensor.float()
+    return linears
+
+
+def divergence(logits: Logits, target: Logits) -> Float[Tensor, "batch sequence"]:
+    """Kullback-Leibler divergence of each token's distribution from the target's, in float32."""
+    wanted = target.float().log_softmax(-1)
+    return (wanted.exp() * (wanted - logits.float().log_softmax(-1))).sum(-1)
+
+
+def head_pass(
+    head: Callable[[Tensor], Logits], hidden: Tensor, target: Tensor, *, backward: bool
+) -> tuple[float, Tensor | None]:
+    """The divergence's sum over the tokens of hidden states that leave the last block, from the full-precision ones `target`.
+
+    Returns it, and the gradient of the hidden states if `backward`. Logits are made of some tokens at a time.
+    """
+    total = 0.0
+    entering = hidden.detach().requires_grad_(backward)
+    for start in range(0, hidden.shape[1], TOKENS_AT_ONCE):
+        piece = slice(start, start + TOKENS_AT_ONCE)
+        with torch.no_grad():
+            wanted = head(target[:, piece])
+        with torch.set_grad_enabled(backward):
+            loss = divergence(head(entering[:, piece]), wanted).sum()
+            if backward:
+                loss.backward()
+        total += float(loss.detach())
+    return total, entering.grad
+
+
+class Adam:
+    """One step of AdamW without weight decay on some tensors, with its moments, as a function of what is stored of them."""
+
+    def __init__(self, rate: float, total: int) -> None:
+        self.rate, self.total = rate, total
+
+    def begin(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state before any step."""
+        return {f"value/{name}": torch.ones_like(gradient) for name, gradient in gradients.items()}
+
+    def step(self, state: dict[str, Tensor], gradients: Mapping[str, Tensor], done: int) -> dict[str, Tensor]:
+        """The state after one more than `done` steps: value/NAME, first/NAME, second/NAME; `state` may be empty at first."""
+        state = state or self.begin(gradients)
+        values = {name: nn.Parameter(state[f"value/{name}"]) for name in gradients}
+        optimizer = torch.optim.AdamW(values.values(), lr=self.rate * cosine(done, self.total), weight_decay=0.0)
+        for name, value in values.items():
+            value.grad = gradients[name]
+            if done:
+                optimizer.state[value] = {
+                    "step": torch.tensor(float(done)),
+                    "exp_avg": state[f"first/{name}"],
+                    "exp_avg_sq": state[f"second/{name}"],
+                }
+        optimizer.step()
+        after: dict[str, Tensor] = {}
+        for name, value in values.items():
+            moments = optimizer.state[value]
+            after |= {f"value/{name}": value.detach(), f"first/{name}": moments["exp_avg"]}
+            after[f"second/{name}"] = moments["exp_avg_sq"]
+        return after
+
+
+def finite(gradients: Mapping[str, Tensor]) -> bool:
+    """Whether all of them are numbers."""
+    return all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values())

@@ -1,0 +1,196 @@
+"""Stage `end to end`: the scales of all blocks, trained together towards the full-precision model's predictions.
+
+A step is many units: each sums the gradient over some sequences (`GradientTask`), and one moves the scales by all of them
+(`UpdateTask`). So the workers share a step, the sums do not depend on how many there are, and a lost worker costs a few sequences.
+Codes and zero points stay.
+
+At the end the divergence is measured once more over the sequences of the first step, whose gradients have told it of the scales
+that the blocks ended with: the scales are kept if it has become less (`ScaledTask`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from lsi.scales import Adam, finite, scaled
+from pipeline.artifacts import Artifact, CorruptArtifactError, Writer, read_record, read_tensors
+from pipeline.block_state import WEIGHTS_FILE, number, read_result
+from pipeline.config import RunConfig
+from pipeline.optimize import permutation
+from pipeline.student import Student, block_file
+from pipeline.worker import Chunk, Worker
+
+# Sequences whose gradient is one unit of work.
+AT_ONCE = 4
+EndStatus = Literal["ok", "non_finite"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Sequences of one unit: some of a chunk's, by their places in it."""
+
+    chunk: int
+    samples: tuple[int, ...]
+
+
+def steps_of(config: RunConfig) -> list[list[Part]]:
+    """The parts of every step's batch, over all epochs, in an order that depends on the seed alone."""
+    settings, seed = config.end_to_end, config.optimizer.seed
+    size, samples = config.storage.chunk_samples, config.data.samples
+    steps: list[list[Part]] = []
+    for epoch in range(settings.epochs):
+        order: list[tuple[int, int]] = []
+        for chunk in permutation(-(-samples // size), seed, "end to end", epoch):
+            here = min(size, samples - chunk * size)
+            order += [(chunk, place) for place in permutation(here, seed, "end to end", epoch, chunk)]
+        for start in range(0, samples, settings.batch_size):
+            steps.append(list(_parts(order[start : start + settings.batch_size])))
+    return steps
+
+
+def _parts(batch: list[tuple[int, int]]) -> Iterator[Part]:
+    """A batch cut where chunks end, and into so many sequences at once."""
+    for chunk in dict.fromkeys(chunk for chunk, _ in batch):
+        places = [place for other, place in batch if other == chunk]
+        for start in range(0, len(places), AT_ONCE):
+            yield Part(chunk, tuple(places[start : start + AT_ONCE]))
+
+
+def meta_of(worker: Worker, artifact: Artifact) -> dict[str, Any]:
+    """What a committed artifact's record says. Raises CorruptArtifactError."""
+    record = read_record(worker.store, artifact)
+    if record is None:
+        raise CorruptArtifactError(artifact, "its record is missing")
+    return record.meta
+
+
+def student_of(worker: Worker, results: tuple[Artifact, ...], scales: Artifact | None) -> Student:
+    """The worker's student, with the scales of a state; made when it has none of these results."""
+    student = worker.student
+    if not isinstance(student, Student) or student.results != results:
+        worker.release()
+        worker.student = student = Student(worker, results)
+    student.load(scales)
+    return student
+
+
+@dataclass(frozen=True)
+class GradientTask:
+    """The loss over some sequences, and with `backward` its gradient for every scale.
+
+    `results`: of all blocks. `scales`: the state after the step before; None: the results' own scales. `inputs` enter the
+    first block, `targets` leave the full-precision model's last one.
+    """
+
+    part: Part
+    results: tuple[Artifact, ...]
+    scales: Artifact | None
+    inputs: Chunk
+    targets: Chunk
+    out: Artifact
+    backward: bool = True
+
+    def __call__(self, worker: Worker) -> dict[str, Any]:
+        worker.chunks.prefetch([self.inputs, self.targets])
+        student = student_of(worker, self.results, self.scales)
+        inputs, targets = worker.chunks.get(self.inputs), worker.chunks.get(self.targets)
+        student.zero_gradients()
+        loss = 0.0
+        for place in self.part.samples:
+            worker.leave_if_asked()
+            one = slice(place, place + 1)
+            loss += student.loss(inputs[one].to(worker.device), targets[one].to(worker.device), backward=self.backward)
+        meta: dict[str, Any] = {"tokens": len(self.part.samples) * inputs.shape[1], "loss": number(loss)}
+        writer = Writer(worker.store, self.out)
+        if self.backward:
+            good = math.isfinite(loss)
+            for index, gradients in student.gradients():
+                good = good and finite(gradients)
+                writer.write_tensors(block_file(index), {name: g.cpu() for name, g in gradients.items()})
+            meta["finite"] = good
+            student.zero_gradients()
+        writer.commit(meta | {"stamp": worker.stamp()})
+        return {"loss": loss / meta["tokens"]} if math.isfinite(loss) else {}
+
+
+@dataclass(frozen=True)
+class UpdateTask:
+    """Step `step`: the scales moved by a batch's gradients, block after block. After a loss or gradient that was not finite
+    they stay as they are, for all further steps."""
+
+    step: int
+    steps: int
+    blocks: int
+    gradients: tuple[Artifact, ...]
+    previous: Artifact | None
+    out: Artifact
+
+    def __call__(self, worker: Worker) -> dict[str, Any]:
+        parts = [meta_of(worker, artifact) for artifact in self.gradients]
+        before: dict[str, Any] = meta_of(worker, self.previous) if self.previous else {"status": "ok", "done": 0}
+        tokens = sum(part["tokens"] for part in parts)
+        good = before["status"] == "ok" and all(part["finite"] for part in parts)
+        adam = Adam(worker.config.end_to_end.learning_rate, self.steps)
+        writer = Writer(worker.store, self.out)
+        for index in range(self.blocks):
+            worker.leave_if_asked()
+            state = read_tensors(worker.store, self.previous, block_file(index)) if self.previous else {}
+            summed = self._summed(worker, index, tokens)
+            if good:
+                state = adam.step(state, summed, before["done"])
+            writer.write_tensors(block_file(index), state or adam.begin(summed))
+        loss = sum(part["loss"] for part in parts) / tokens if good else None
+        status: EndStatus = "ok" if good else "non_finite"
+        done = before["done"] + good
+        writer.commit({"loss": loss, "status": status, "done": done, "stamp": worker.stamp()})
+        return {"loss": loss, "status": status}
+
+    def _summed(self, worker: Worker, block: int, tokens: int) -> dict[str, Tensor]:
+        """The mean gradient over the batch's tokens of one block's scales, added up in the order of the parts."""
+        total: dict[str, Tensor] = {}
+        for artifact in self.gradients:
+            for name, gradient in read_tensors(worker.store, artifact, block_file(block)).items():
+                total[name] = total[name].add_(gradient) if name in total else gradient
+        return {name: gradient.div_(tokens) for name, gradient in total.items()}
+
+
+@dataclass(frozen=True)
+class ScaledTask:
+    """What a block has become: its codes with the trained scales, or as it was if the loss is not less for them.
+
+    `before` and `after` have the loss over the same sequences, with the results' own scales and with `scales`.
+    """
+
+    block: int
+    result: Artifact
+    scales: Artifact
+    before: tuple[Artifact, ...]
+    after: tuple[Artifact, ...]
+    out: Artifact
+
+    def __call__(self, worker: Worker) -> dict[str, Any]:
+        trained = meta_of(worker, self.scales)
+        initial, final = self._loss(worker, self.before), self._loss(worker, self.after)
+        better = final < initial
+        result = read_result(worker.store, self.result)
+        if better:
+            factors = read_tensors(worker.store, self.scales, block_file(self.block))
+            weights = {name: scaled(weight, factors[f"value/{name}"]) for name, weight in result.weights.items()}
+            result = replace(result, weights=weights)
+        writer = Writer(worker.store, self.out)
+        writer.write_tensors(WEIGHTS_FILE, result.pack())
+        losses = {"initial_loss": number(initial), "loss": number(final if better else initial)}
+        kept = "trained" if better else "initial"
+        writer.commit(losses | {"kept": kept, "status": trained["status"], "steps": trained["done"]})
+        return {"loss": losses["loss"], "status": trained["status"]}
+
+    def _loss(self, worker: Worker, measured: tuple[Artifact, ...]) -> float:
+        parts = [meta_of(worker, artifact) for artifact in measured]
+        if any(part["loss"] is None for part in parts):
+            return math.inf
+        return float(sum(part["loss"] for part in parts) / sum(part["tokens"] for part in parts))

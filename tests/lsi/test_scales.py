@@ -1,0 +1,121 @@
+"""Scales trained end to end: against references, and that only scales change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from material import make_layer, make_task, normal
+from tolerances import assert_close
+from torch import nn
+
+from lsi.block import load_quantized, round_block, run_block
+from lsi.grid import Grid, QuantizedWeight, round_to_nearest
+from lsi.scales import Adam, ScaledLinear, divergence, finite, head_pass, replace_by_scaled, scaled
+
+GRID = Grid(2, 16, symmetric=False)
+
+
+def quantized(dtype: torch.dtype = torch.float32) -> QuantizedWeight:
+    return round_to_nearest(normal(24, 32), GRID, dtype)
+
+
+def test_it_computes_as_the_dequantized_weight_does() -> None:
+    weight, x, bias = quantized(), normal(5, 32, seed=1), normal(24, seed=2)
+    linear = ScaledLinear(weight, bias)
+    assert_close(linear(x), nn.functional.linear(x, weight.dequantize(), bias))
+
+
+def test_its_gradients_are_those_of_the_formula() -> None:
+    weight, x, factor = quantized(), normal(3, 5, 32, seed=1), 1 + 0.1 * normal(24, 2, seed=2)
+    linear = ScaledLinear(weight, None)
+    linear.put(factor)
+    entering = x.clone().requires_grad_()
+    linear(entering).square().sum().backward()
+
+    plain_x, plain = x.clone().requires_grad_(), factor.clone().requires_grad_()
+    steps = weight.codes.view(24, 2, 16).float() - weight.zero_point.float().unsqueeze(-1)
+    made = (steps * (plain * weight.scale).unsqueeze(-1)).view(24, 32)
+    nn.functional.linear(plain_x, made).square().sum().backward()
+    assert linear.factor.grad is not None
+    assert plain.grad is not None
+    assert_close(linear.factor.grad, plain.grad)
+    assert plain_x.grad is not None
+    assert_close(entering.grad, plain_x.grad)
+
+
+def test_a_factor_put_in_anew_counts_at_once() -> None:
+    weight, x = quantized(), normal(5, 32, seed=1)
+    linear = ScaledLinear(weight, None)
+    before = linear(x)
+    linear.put(torch.full_like(linear.factor, 1.5))
+    assert_close(linear(x), 1.5 * before)
+
+
+def test_what_is_trained_is_what_is_stored() -> None:
+    weight, factor = quantized(torch.bfloat16), 1 + 0.1 * normal(24, 2, seed=2)
+    linear = ScaledLinear(weight, None)
+    linear.put(factor)
+    stored = scaled(weight, factor)
+    assert stored.scale.dtype == torch.bfloat16
+    assert torch.equal(linear.present_scale(), stored.scale.float())
+    assert torch.equal(stored.codes, weight.codes)
+    assert torch.equal(stored.zero_point, weight.zero_point)
+
+
+def test_a_block_computes_as_a_loader_does() -> None:
+    layer, task = make_layer(), make_task()
+    names = ["self_attn.q_proj", "mlp.down_proj"]
+    weights = round_block(layer, names, GRID, torch.float32)
+    loaded = make_layer()
+    load_quantized(loaded, weights)
+    linears = replace_by_scaled(layer, weights)
+    assert sorted(linears) == sorted(names)
+    assert [n for n, p in layer.named_parameters() if p.requires_grad] == [f"{name}.factor" for name in names]
+    assert_close(run_block(layer, task.inputs, task.arguments), run_block(loaded, task.inputs, task.arguments))
+
+
+def test_the_divergence_is_the_librarys_and_vanishes_for_equal_logits() -> None:
+    ours, theirs = normal(2, 7, 11), normal(2, 7, 11, seed=1)
+    reference = nn.functional.kl_div(
+        ours.log_softmax(-1), theirs.log_softmax(-1), reduction="none", log_target=True
+    ).sum(-1)
+    assert_close(divergence(ours, theirs), reference)
+    assert float(divergence(ours, ours).abs().max()) == 0
+
+
+@pytest.mark.parametrize("length", [5, 300, 512])
+def test_the_head_in_pieces_gives_the_whole_ones_loss_and_gradient(length: int) -> None:
+    weight, hidden, target = normal(13, 6), normal(1, length, 6, seed=1), normal(1, length, 6, seed=2)
+
+    def head(states: torch.Tensor) -> torch.Tensor:
+        return states @ weight.t()
+
+    total, gradient = head_pass(head, hidden, target, backward=True)
+    whole = hidden.clone().requires_grad_()
+    loss = divergence(head(whole), head(target)).sum()
+    loss.backward()
+    assert total == pytest.approx(loss.item(), rel=1e-5)
+    assert gradient is not None
+    assert_close(gradient, whole.grad)
+    assert head_pass(head, hidden, target, backward=False) == (pytest.approx(total), None)
+
+
+def test_steps_from_stored_moments_are_those_of_one_optimizer() -> None:
+    adam, steps = Adam(1e-2, 5), [{"a": normal(4, 3, seed=seed)} for seed in range(5)]
+    state: dict[str, torch.Tensor] = {}
+    for done, gradients in enumerate(steps):
+        state = {name: tensor.clone() for name, tensor in adam.step(state, gradients, done).items()}
+    parameter = nn.Parameter(torch.ones(4, 3))
+    optimizer = torch.optim.AdamW([parameter], lr=1e-2, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
+    for gradients in steps:
+        parameter.grad = gradients["a"].clone()
+        optimizer.step()
+        schedule.step()
+    assert_close(state["value/a"], parameter.detach())
+
+
+def test_what_is_not_finite_is_noticed() -> None:
+    good, bad = torch.ones(3), torch.tensor([1.0, float("inf")])
+    assert finite({"a": good})
+    assert not finite({"a": good, "b": bad})

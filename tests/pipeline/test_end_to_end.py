@@ -1,0 +1,150 @@
+"""The end-to-end stage in whole runs: it improves, it is the same however it is cut, and only scales change."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import Silent, checkpoint_hashes, run, run_in_pieces, tiny_config
+
+from pipeline import student
+from pipeline.artifacts import read_record, read_tensors
+from pipeline.block_state import WEIGHTS_FILE, BlockResult
+from pipeline.config import RunConfig, parse_config
+from pipeline.end_to_end import steps_of
+from pipeline.errors import UserError
+from pipeline.report import artifacts_of
+from pipeline.run import Finished
+
+END = {"epochs": 2, "batch_size": 6, "learning_rate": 1e-2}
+
+
+@pytest.fixture
+def model(tiny_model: Callable[..., Path], tmp_path: Path) -> Path:
+    return tiny_model(tmp_path / "model", blocks=3)
+
+
+def config(model: Path, text: Path, folder: Path, **sections: Any) -> RunConfig:
+    plain = {"scheme": {"bits": 2}, "method": {"increment": "none"}, "end_to_end": END}
+    return tiny_config(model, text, folder, **{**plain, **sections})
+
+
+def blocks(finished: Finished, kind: str) -> list[BlockResult]:
+    store = finished.prepared.store
+    return [BlockResult.unpack(read_tensors(store, a, WEIGHTS_FILE)) for a in artifacts_of(finished, kind)]
+
+
+def metas(finished: Finished) -> list[dict[str, Any]]:
+    records = [read_record(finished.prepared.store, a) for a in artifacts_of(finished, "scaled")]
+    return [record.meta for record in records if record]
+
+
+def test_every_epoch_takes_every_sample_once() -> None:
+    tree = {
+        "model": {"source": "m"},
+        "data": {"source": "t", "samples": 22},
+        "storage": {"run": "r", "chunk_samples": 8},
+        "end_to_end": {"epochs": 2, "batch_size": 9},
+    }
+    steps = steps_of(parse_config(tree))
+    assert [sum(len(part.samples) for part in step) for step in steps] == [9, 9, 4] * 2
+    assert max(len(part.samples) for step in steps for part in step) == 4
+    taken = Counter((part.chunk, place) for step in steps for part in step for place in part.samples)
+    assert set(taken.values()) == {2}
+    assert len(taken) == 22
+
+
+def test_it_lowers_the_divergence_and_changes_nothing_but_scales(model: Path, short_text: Path, tmp_path: Path) -> None:
+    finished, result = run(config(model, short_text, tmp_path / "run"))
+    before, after = blocks(finished, "quantized"), blocks(finished, "scaled")
+    for old, new in zip(before, after, strict=True):
+        assert old.weights.keys() == new.weights.keys()
+        for name, weight in old.weights.items():
+            assert torch.equal(weight.codes, new.weights[name].codes)
+            assert torch.equal(weight.zero_point, new.weights[name].zero_point)
+            assert not torch.equal(weight.scale, new.weights[name].scale)
+    assert all(meta["kept"] == "trained" and meta["loss"] < meta["initial_loss"] for meta in metas(finished))
+    assert result["end_to_end"]["kept"] == "trained"
+    assert result["end_to_end"]["loss"] < result["end_to_end"]["initial_loss"]
+
+
+def test_the_checkpoint_holds_the_trained_scales(model: Path, short_text: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    finished, _ = run(config(model, short_text, tmp_path / "run"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint")
+    weight = blocks(finished, "scaled")[1].weights["mlp.down_proj"]
+    assert torch.equal(loaded.model.layers[1].mlp.down_proj.weight, weight.dequantize(weight.scale.dtype))
+
+
+@pytest.mark.parametrize("units", [3, 7])
+def test_pieces_give_the_same_bytes(model: Path, short_text: Path, tmp_path: Path, units: int) -> None:
+    whole, _ = run(config(model, short_text, tmp_path / "whole"))
+    pieces, _, done = run_in_pieces(config(model, short_text, tmp_path / "pieces"), units)
+    hashes = checkpoint_hashes(pieces.prepared.checkpoint)
+    assert checkpoint_hashes(whole.prepared.checkpoint) == hashes
+    assert len(done) == len(set(done))
+
+
+def test_round_to_nearest_alone_can_be_trained_too(model: Path, short_text: Path, tmp_path: Path) -> None:
+    nothing = {"clipping": "none", "increment": "none"}
+    finished, _ = run(config(model, short_text, tmp_path / "run", method=nothing, optimizer={"epochs": 0}))
+    assert all(meta["kept"] == "trained" for meta in metas(finished))
+
+
+def test_folded_norms_and_quantized_activations_are_trained_with(model: Path, short_text: Path, tmp_path: Path) -> None:
+    scheme = {"bits": 4, "group_size": None, "symmetric": True, "activation_bits": 8}
+    method = {"increment": "none", "equivalence": "auto"}
+    finished, _ = run(config(model, short_text, tmp_path / "run", scheme=scheme, method=method))
+    assert all(meta["kept"] == "trained" for meta in metas(finished))
+    assert [r.folded.keys() for r in blocks(finished, "scaled")] == [
+        r.folded.keys() for r in blocks(finished, "quantized")
+    ]
+
+
+def test_worse_scales_are_not_kept(model: Path, short_text: Path, tmp_path: Path) -> None:
+    finished, result = run(config(model, short_text, tmp_path / "run", end_to_end={**END, "learning_rate": 100.0}))
+    assert result["end_to_end"] == {**result["end_to_end"], "kept": "initial", "status": "ok"}
+    for old, new in zip(blocks(finished, "quantized"), blocks(finished, "scaled"), strict=True):
+        assert all(torch.equal(w.scale, new.weights[name].scale) for name, w in old.weights.items())
+
+
+def test_a_loss_that_is_not_finite_stops_the_steps_and_says_so(
+    model: Path, short_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = student.head_pass
+    calls = [0]
+
+    def broken(*arguments: Any, **more: Any) -> Any:
+        calls[0] += 1
+        total, gradient = plain(*arguments, **more)
+        return (float("nan") if calls[0] == 8 else total), gradient  # in the second step
+
+    monkeypatch.setattr(student, "head_pass", broken)
+    report = Silent()
+    _, result = run(config(model, short_text, tmp_path / "run"), report)
+    assert result["end_to_end"]["status"] == "non_finite"
+    assert result["end_to_end"]["steps"] == 1
+    assert result["end_to_end"]["loss"] <= result["end_to_end"]["initial_loss"]
+
+
+def test_activations_and_gradients_are_deleted(model: Path, short_text: Path, tmp_path: Path) -> None:
+    run(config(model, short_text, tmp_path / "run"))
+    left = {path.name for path in (tmp_path / "run").iterdir() if path.is_dir() and any(path.rglob("commit.json"))}
+    assert not left & {"hidden", "gradient", "scales", "stream", "state"}
+
+
+def test_a_fine_tune_refuses_it(tmp_path: Path) -> None:
+    from pipeline.finetune_plan import check_settings
+
+    tree = {
+        "model": {"source": "m"},
+        "data": {"source": "t"},
+        "storage": {"run": "r"},
+        "finetune": {"blocks": 2},
+        "end_to_end": {"epochs": 1},
+    }
+    with pytest.raises(UserError, match=r"end_to_end\.epochs 1 means nothing for a fine-tune"):
+        check_settings(parse_config(tree))
