@@ -7,6 +7,7 @@ Products (floating point operations), P being the weights of a block's linears, 
               with look-ahead + 2 · forward for each further block  forward, gradient of inputs
               with the loss on the quantized stream + 1 · forward
               with diagonal   + 4 · Σ out·in·min(out, in)         W' = W + U·diag(I)·Vh and its gradient's projection
+    end to end, a token       blocks · (3 · forward) and the head: forward and gradient of its inputs, and the target's logits
     memory    a step          `_FAKE_QUANTIZATION` bytes a weight, `_DENSE` more for a dense increment and its AdamW
 
 The memory figures are counted from the elementwise operations of `lsi.linear` and torch's AdamW in float32, not measured;
@@ -25,6 +26,7 @@ from pipeline.artifacts import Artifact
 from pipeline.block_state import steps_per_epoch
 from pipeline.capture import CaptureTask, EmbedTask
 from pipeline.config import RunConfig
+from pipeline.end_to_end import GradientTask, ScaledTask, UpdateTask
 from pipeline.evaluate import EvaluateTask
 from pipeline.graph import Inputs, Node
 from pipeline.merge import MergeTask
@@ -100,9 +102,9 @@ class Costs:
         self.shards = max(1, len(inputs.shards))
         self.shard_bytes = checkpoint_bytes / self.shards
         grid = self.config.scheme.grid
-        groups = sum(out * grid.groups(width) for out, width in shape.linears)
+        self.groups = sum(out * grid.groups(width) for out, width in shape.linears)
         self.trained = trained_numbers(self.config, shape)
-        self.codes = shape.weights + groups * (shape.itemsize + 1.0)
+        self.codes = shape.weights + self.groups * (shape.itemsize + 1.0)
         self.block_bytes = float(shape.weights * shape.itemsize)
         self.outer_bytes = float(shape.outer * shape.itemsize)
 
@@ -116,6 +118,13 @@ class Costs:
                 return self._capture(task)
             case TrainTask() as task:
                 return self._train(task)
+            case GradientTask() as task:
+                return self._gradient(task)
+            case UpdateTask() as task:
+                return self._update(task)
+            case ScaledTask() as task:
+                factors = Read(task.scales.path, 12.0 * self.groups)
+                return Cost(reads=(Read(task.result.path, self.codes), factors), writes=((task.out.path, self.codes),))
             case EvaluateTask() as task:
                 return self._evaluate(task)
             case MergeTask() as task:
@@ -235,6 +244,33 @@ class Costs:
         """Value and AdamW's two moments in float32; with the best result so far where losses are compared."""
         numbers = 3 if self.config.optimizer.steps == "adamw" else 1
         return 4.0 * numbers * self.trained + (self.codes if compared else 0.0)
+
+    def _gradient(self, task: GradientTask) -> Cost:
+        """A worker that was at this stage before holds the model: what it reads are scales and activations."""
+        samples = len(task.part.samples)
+        tokens, passes = samples * self.config.data.sequence_length, 3 if task.backward else 1
+        # Half of `outer` is the head's products; forward, the gradient of its inputs, and the target's.
+        head = (passes if task.backward else 2) * tokens * self.shape.outer / self.device.flops
+        state, scales = task.scales, 12.0 * self.groups * self.shape.blocks
+        chunk = self._activations(self._samples(task.part.chunk))
+        gradient = 4.0 * self.groups * self.shape.blocks
+        return Cost(
+            compute=passes * self.shape.blocks * self._pass(samples) + head,
+            block=-1,
+            weights=self.codes * self.shape.blocks + self.outer_bytes,
+            reads=(
+                Read(task.inputs.artifact.path, chunk),
+                Read(task.targets.artifact.path, chunk),
+                *((Read(state.path, scales),) if state else ()),
+            ),
+            writes=((task.out.path, gradient),) if task.backward else (),
+        )
+
+    def _update(self, task: UpdateTask) -> Cost:
+        numbers = self.groups * self.shape.blocks
+        reads = [Read(a.path, 4.0 * numbers) for a in task.gradients]
+        reads += [Read(task.previous.path, 12.0 * numbers)] if task.previous else []
+        return Cost(block=-1, reads=tuple(reads), writes=((task.out.path, 12.0 * numbers),))
 
     def _evaluate(self, task: EvaluateTask) -> Cost:
         config = self.config.evaluation

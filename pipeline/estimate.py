@@ -144,6 +144,7 @@ def estimate(config: RunConfig, workers: int | None = None, found: Outline | Non
         units[node.stage] = units.get(node.stage, 0) + 1
     steps = steps_per_epoch(config) * config.optimizer.epochs
     boundary = config.data.samples * config.data.sequence_length * skeleton.model.config.hidden_size * dtype.itemsize
+    captures = bool(config.optimizer.epochs or config.end_to_end.epochs)
     played = simulated(found, workers or config.cluster.workers or 1)
     return {
         "scheme": config.scheme.words,
@@ -158,8 +159,8 @@ def estimate(config: RunConfig, workers: int | None = None, found: Outline | Non
         "cache_mib": config.storage.cache_mib,
         "trained_per_block": costs.trained if config.optimizer.epochs else 0,
         "bytes": {
-            "one_boundary": boundary if config.optimizer.epochs else 0,
-            "all_boundaries": boundary * (blocks + 1) if config.optimizer.epochs else 0,
+            "one_boundary": boundary * captures,
+            "all_boundaries": boundary * (blocks + 1) * captures,
             "one_block_state": costs.state_bytes(False) if config.optimizer.epochs else 0,
             "block_results": shape.weights * blocks,
             "factors": int(costs.factor_bytes() * blocks) if config.optimizer.epochs else 0,

@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lsi.factors import LARGEST_PART, SMALL
+from lsi.factors import LARGEST_PART, MANY, SMALL
+from lsi.scales import TOKENS_AT_ONCE
 from pipeline.artifacts import PIECE
 from pipeline.block_state import steps_per_epoch
-from pipeline.memory_terms import BlockMemory, Engine
+from pipeline.memory_terms import WORK, BlockMemory, Engine
 
 GIB = float(1 << 30)
 # Resident memory of a worker that has imported torch, Ray and transformers and built the skeleton; measured, Linux.
@@ -83,11 +84,14 @@ class MemoryPlan(BlockMemory):
     def units(self) -> dict[str, UnitPeaks]:
         """By stage, in the order of a run."""
         found = {"inspect": self.inspect()}
-        if self.config.optimizer.epochs:
+        trains, ends = self.config.optimizer.epochs > 0, self.config.end_to_end.epochs > 0
+        if trains or ends:
             found |= {"embed": self.embed(), "capture": self.capture()}
-            if self._factored():
-                found["factors"] = self.factors()
-        found["optimize"] = self.optimize() if self.config.optimizer.epochs else self.rounding()
+        if trains and self._factored():
+            found["factors"] = self.factors()
+        found["optimize"] = self.optimize() if trains else self.rounding()
+        if ends:
+            found["end_to_end"] = self.end_to_end()
         if self.config.evaluation.texts:
             found["evaluate"] = self.evaluate()
         return found | {"merge": self.merge()}
@@ -228,6 +232,31 @@ class MemoryPlan(BlockMemory):
             "rounding", {"weights": self.block, "one linear": 1.5 * whole, "codes of the result": self.result_size()}
         )
         return moments.peaks("optimize")
+
+    def end_to_end(self) -> UnitPeaks:
+        """The gradient of all blocks' scales over one sequence: the whole model, a byte a weight, and all its activations."""
+        s, moments, length = self.shape, self._moments(), self.config.data.sequence_length
+        groups = float(self.groups() * s.blocks)
+        small = sum(math.prod(shape) for shape in s.linears if math.prod(shape) < MANY) * s.blocks
+        held = self._surroundings() | {
+            "codes of all blocks": float(s.weights * s.blocks),
+            "small weights that are kept": float(small * self.engine.products),
+            # In storage's dtype, zero point, factor and gradient.
+            "scales of all blocks": groups * (s.itemsize + 1 + 4 + 4),
+            "norms": 4.0 * s.rest * s.blocks,
+        }
+        if not self.cuda:
+            held["libraries at work"] = WORK
+        one = 4.0 * math.prod(s.largest) + 2.0 * self.engine.products * math.prod(s.largest)
+        if self.engine.checkpoint:
+            saved = 4.0 * s.hidden * s.blocks + self.saved_per_token()
+        else:
+            saved = self.saved_per_token() * s.blocks
+        cache = {"activation cache": self.cached()}
+        logits = min(length, TOKENS_AT_ONCE) * s.vocabulary * (6 * 4.0 + 2 * s.itemsize)
+        moments.add("the head's pass", held | {"activations": length * saved, "logits": logits}, cache)
+        moments.add("the backward pass", held | {"activations": length * saved, "one linear": one}, cache)
+        return moments.peaks("end_to_end")
 
     def evaluate(self) -> UnitPeaks:
         config, moments = self.config, self._moments()

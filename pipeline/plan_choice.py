@@ -204,6 +204,8 @@ def _changes(shape: BlockShape, config: RunConfig) -> Iterator[tuple[str, dict[s
     if method.look_ahead or method.quantized_stream_loss:
         off = {"look_ahead": 0, "quantized_stream_loss": 0.0}
         yield "method.look_ahead 0 and quantized_stream_loss 0", {"method": off}, "the plain loss"
+    if config.end_to_end.epochs:
+        yield "end_to_end.epochs 0", {"end_to_end": {"epochs": 0}}, "scales stay as each block by itself left them"
     if config.optimizer.steps == "adamw":
         yield "optimizer.steps signed", {"optimizer": {"steps": "signed"}}, "no moments; other learning rates are right"
     if storage.chunk_samples > config.optimizer.batch_size:

@@ -20,6 +20,7 @@ class BlockShape:
 
     attention, keys: widths of all query and of all key heads; intermediate: of the feed-forward part, as many times as a token
     passes one (`passes`: experts at work); gated: whether that has three linears. outer: numbers around the blocks, `largest_outer` of its largest tensor.
+    blocks: how many there are.
     """
 
     linears: tuple[tuple[int, int], ...]
@@ -34,6 +35,7 @@ class BlockShape:
     itemsize: int = 2
     gated: bool = True
     passes: int = 1
+    blocks: int = 1
 
     @property
     def weights(self) -> int:
@@ -68,6 +70,7 @@ def block_shape(skeleton: Skeleton, config: RunConfig, dtype: torch.dtype) -> Bl
         itemsize=dtype.itemsize,
         gated=_is_gated(skeleton, index, inner),
         passes=experts,
+        blocks=len(skeleton),
     )
 
 

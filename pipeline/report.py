@@ -114,26 +114,31 @@ def equivalence_words(method: MethodConfig) -> str:
 def trained_words(config: RunConfig) -> str:
     """The parts that were trained, and on which loss."""
     method = config.method
-    parts = [f"clipping {method.clipping}", f"increment {method.increment}"]
+    parts = [f"clipping {method.clipping} from {method.clipping_start}", f"rounding {method.rounding}"]
+    parts.append(f"increment {method.increment}" + (f" of rank {method.rank}" if method.rank else ""))
     if method.equivalence:
         more = f"{' with shifts' if method.shifts else ''} from {method.equivalence_start}"
         parts.append(f"equivalence {' '.join(method.equivalence_kinds(config.scheme))}{more}")
     loss = method.loss if config.finetune.blocks is None else "cross entropy of the next token"
-    return ", ".join([*parts, f"loss {loss}"])
+    parts.append(f"loss {loss}")
+    if method.look_ahead:
+        parts.append(f"look-ahead {method.look_ahead}")
+    if method.quantized_stream_loss:
+        parts.append(f"loss on the quantized stream {method.quantized_stream_loss:g}")
+    return ", ".join(parts)
 
 
 METHOD_WORDS = {
-    "none": "weights as they are",
     "diagonal": "increments of the singular values (LSI, arXiv 2406.16299)",
     "corner": "increments of the singular values with a dense corner (LSI, arXiv 2406.16299)",
     "band": "increments of the singular values and the diagonals beside them (SDE, arXiv 2407.15508)",
     "dense": "increments of every weight",
 }
 CLIPPING_WORDS = {
-    "none": "",
-    "learned": " and learned clipping (LWC, arXiv 2308.13137)",
-    "direct": " and learned clipping (as in SignRound, arXiv 2309.05516)",
+    "learned": "learned clipping (LWC, arXiv 2308.13137)",
+    "direct": "learned clipping (as in SignRound, arXiv 2309.05516)",
 }
+ROUNDING_WORDS = {"learned": "learned rounding (as in SignRound, arXiv 2309.05516)"}
 LABELS = {
     "full_precision": "full precision",
     "round_to_nearest": "round-to-nearest",
@@ -161,10 +166,21 @@ def perplexity_word(value: float | None) -> str:
     return f"{value:.2f}" if value < 1e5 else f"{value:.3g}"
 
 
+def method_words(method: MethodConfig) -> str:
+    """What was learned of the weights, as a phrase."""
+    named = (
+        METHOD_WORDS.get(method.increment),
+        ROUNDING_WORDS.get(method.rounding),
+        CLIPPING_WORDS.get(method.clipping),
+    )
+    parts = [words for words in named if words] or ["weights as they are"]
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]])) + equivalence_words(method)
+
+
 def story(prepared: Prepared) -> list[str]:
     """What was done, in a sentence."""
     config = prepared.config
-    what = f"{METHOD_WORDS[config.method.increment]}{CLIPPING_WORDS[config.method.clipping]}{equivalence_words(config.method)}"
+    what = method_words(config.method)
     if config.finetune.blocks is not None:
         return [
             f"Fine-tuned from a checkpoint that was quantized already: {what}, of the last {config.finetune.blocks} blocks, trained",
@@ -172,8 +188,15 @@ def story(prepared: Prepared) -> list[str]:
         ]
     return [
         f"Quantized block by block: {what}, trained so that",
-        "each block's output stays that of the full-precision block.",
+        f"each block's output stays that of the full-precision block{end_words(config)}.",
     ]
+
+
+def end_words(config: RunConfig) -> str:
+    """What the model card says of the end-to-end stage."""
+    if not config.end_to_end.epochs:
+        return ""
+    return ";\nthen the scales of all blocks together, towards the full-precision model's predictions"
 
 
 def origin(prepared: Prepared) -> list[str]:
@@ -183,7 +206,12 @@ def origin(prepared: Prepared) -> list[str]:
             f"| fine-tuned | the last {found['blocks']} blocks together |",
             f"| from | {found['checkpoint']}, digest {found['digest'][:16]} |",
         ]
-    return [f"| schedule | {schedule_words(prepared.config.schedule)} |"]
+    rows = [f"| schedule | {schedule_words(prepared.config.schedule)} |"]
+    if (end := prepared.config.end_to_end).epochs:
+        rows.append(
+            f"| end to end | {end.epochs} epochs, batches of {end.batch_size}, learning rate {end.learning_rate:g} |"
+        )
+    return rows
 
 
 def model_card(prepared: Prepared, table: dict[str, dict[str, float]], blocks: list[dict[str, Any]]) -> str:
