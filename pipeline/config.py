@@ -225,12 +225,25 @@ class EndToEndConfig(Section):
     """After the blocks: the scales of all of them trained together, codes and zero points as they are, towards the
     full-precision model's distribution of the next token.
 
-    AdamW along a cosine. A worker holds the whole model for it, a byte a weight and what the backward pass needs.
+    AdamW along a cosine. A worker holds the whole model for it, a byte a weight and what the backward pass needs; or, if not
+    `resident`, one block at a time.
     """
 
     epochs: int = Field(0, ge=0, description="passes over the calibration samples; 0: blocks stay as they were trained")
-    batch_size: int = Field(4, ge=1, description="sequences a step; up to 4 of them are one unit of work")
+    batch_size: int = Field(4, ge=1, description="sequences a step")
+    unit_samples: int = Field(
+        4, ge=1, description="sequences of a step that one worker takes at a time; workers share a step"
+    )
     learning_rate: float = Field(5e-3, gt=0, description="of each scale, as a part of itself")
+    resident: bool = Field(
+        True,
+        description="keep all blocks in each worker's memory; false: every unit reads each block twice, and runs it forward twice "
+        "(set unit_samples as large as batch_size then). It changes no bit of the result",
+    )
+
+    def address(self) -> dict[str, Any]:
+        """What of it decides bytes."""
+        return {key: value for key, value in self.model_dump(mode="json").items() if key != "resident"}
 
 
 class ScheduleConfig(Section):
@@ -545,6 +558,7 @@ class RunConfig(Section):
         if self.finetune.blocks is None:
             del whole["finetune"]
         whole["compute"] = self.compute.address()
+        whole["end_to_end"] = self.end_to_end.address()
         whole["storage"] = {"chunk_samples": self.storage.chunk_samples}
         return whole
 

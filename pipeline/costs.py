@@ -252,12 +252,14 @@ class Costs:
         # Half of `outer` is the head's products; forward, the gradient of its inputs, and the target's.
         head = (passes if task.backward else 2) * tokens * self.shape.outer / self.device.flops
         state, scales = task.scales, 12.0 * self.groups * self.shape.blocks
+        codes = self.codes * self.shape.blocks
+        again = not self.config.end_to_end.resident
         chunk = self._activations(self._samples(task.part.chunk))
         gradient = 4.0 * self.groups * self.shape.blocks
         return Cost(
-            compute=passes * self.shape.blocks * self._pass(samples) + head,
-            block=-1,
-            weights=self.codes * self.shape.blocks + self.outer_bytes,
+            compute=(passes + (again and task.backward)) * self.shape.blocks * self._pass(samples) + head,
+            block=None if again else -1,
+            weights=codes * (1 + (again and task.backward)) + self.outer_bytes,
             reads=(
                 Read(task.inputs.artifact.path, chunk),
                 Read(task.targets.artifact.path, chunk),

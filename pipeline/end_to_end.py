@@ -25,8 +25,6 @@ from pipeline.optimize import permutation
 from pipeline.student import Student, block_file
 from pipeline.worker import Chunk, Worker
 
-# Sequences whose gradient is one unit of work.
-AT_ONCE = 4
 EndStatus = Literal["ok", "non_finite"]
 
 
@@ -49,16 +47,16 @@ def steps_of(config: RunConfig) -> list[list[Part]]:
             here = min(size, samples - chunk * size)
             order += [(chunk, place) for place in permutation(here, seed, "end to end", epoch, chunk)]
         for start in range(0, samples, settings.batch_size):
-            steps.append(list(_parts(order[start : start + settings.batch_size])))
+            steps.append(list(_parts(order[start : start + settings.batch_size], settings.unit_samples)))
     return steps
 
 
-def _parts(batch: list[tuple[int, int]]) -> Iterator[Part]:
-    """A batch cut where chunks end, and into so many sequences at once."""
+def _parts(batch: list[tuple[int, int]], size: int) -> Iterator[Part]:
+    """A batch cut where chunks end, and into so many sequences at the most."""
     for chunk in dict.fromkeys(chunk for chunk, _ in batch):
         places = [place for other, place in batch if other == chunk]
-        for start in range(0, len(places), AT_ONCE):
-            yield Part(chunk, tuple(places[start : start + AT_ONCE]))
+        for start in range(0, len(places), size):
+            yield Part(chunk, tuple(places[start : start + size]))
 
 
 def meta_of(worker: Worker, artifact: Artifact) -> dict[str, Any]:
@@ -99,23 +97,20 @@ class GradientTask:
         worker.chunks.prefetch([self.inputs, self.targets])
         student = student_of(worker, self.results, self.scales)
         inputs, targets = worker.chunks.get(self.inputs), worker.chunks.get(self.targets)
-        student.zero_gradients()
-        loss = 0.0
-        for place in self.part.samples:
-            worker.leave_if_asked()
-            one = slice(place, place + 1)
-            loss += student.loss(inputs[one].to(worker.device), targets[one].to(worker.device), backward=self.backward)
-        meta: dict[str, Any] = {"tokens": len(self.part.samples) * inputs.shape[1], "loss": number(loss)}
-        writer = Writer(worker.store, self.out)
-        if self.backward:
-            good = math.isfinite(loss)
-            for index, gradients in student.gradients():
-                good = good and finite(gradients)
-                writer.write_tensors(block_file(index), {name: g.cpu() for name, g in gradients.items()})
-            meta["finite"] = good
-            student.zero_gradients()
-        writer.commit(meta | {"stamp": worker.stamp()})
-        return {"loss": loss / meta["tokens"]} if math.isfinite(loss) else {}
+        places = [slice(place, place + 1) for place in self.part.samples]
+        pairs = [(inputs[one].to(worker.device), targets[one].to(worker.device)) for one in places]
+        writer, good = Writer(worker.store, self.out), True
+
+        def write(block: int, gradients: dict[str, Tensor]) -> None:
+            nonlocal good
+            good = good and finite(gradients)
+            writer.write_tensors(block_file(block), {name: gradient.cpu() for name, gradient in gradients.items()})
+
+        loss = student.backward(pairs, write) if self.backward else student.losses(pairs)
+        good = good and math.isfinite(loss)
+        tokens = len(pairs) * inputs.shape[1]
+        writer.commit({"tokens": tokens, "loss": number(loss), "finite": good, "stamp": worker.stamp()})
+        return {"loss": loss / tokens} if math.isfinite(loss) else {}
 
 
 @dataclass(frozen=True)

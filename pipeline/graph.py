@@ -325,7 +325,7 @@ class Builder:
         results, steps = tuple(self.quantized), steps_of(self.config)
         key = self.key(
             "end to end",
-            settings=self._settings("scheme", "end_to_end"),
+            settings=self._settings("scheme") | self.config.end_to_end.address(),
             seed=self.config.optimizer.seed,
             results=[a.key for a in results],
             ends=[a.key for boundary in (self.hidden[0], self.hidden[-1]) for a in boundary],

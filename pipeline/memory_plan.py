@@ -234,28 +234,33 @@ class MemoryPlan(BlockMemory):
         return moments.peaks("optimize")
 
     def end_to_end(self) -> UnitPeaks:
-        """The gradient of all blocks' scales over one sequence: the whole model, a byte a weight, and all its activations."""
-        s, moments, length = self.shape, self._moments(), self.config.data.sequence_length
-        groups = float(self.groups() * s.blocks)
-        small = sum(math.prod(shape) for shape in s.linears if math.prod(shape) < MANY) * s.blocks
+        """The gradient of all blocks' scales over some sequences: the whole model, a byte a weight, and all its activations
+        of one of them; or a block and its activations, and what entered each of them."""
+        s, config, moments, length = self.shape, self.config, self._moments(), self.config.data.sequence_length
+        at_hand = s.blocks if config.end_to_end.resident else 1
+        small = sum(math.prod(shape) for shape in s.linears if math.prod(shape) < MANY) * at_hand
         held = self._surroundings() | {
-            "codes of all blocks": float(s.weights * s.blocks),
+            "codes of the blocks": float(s.weights * at_hand),
             "small weights that are kept": float(small * self.engine.products),
             # In storage's dtype, zero point, factor and gradient.
-            "scales of all blocks": groups * (s.itemsize + 1 + 4 + 4),
-            "norms": 4.0 * s.rest * s.blocks,
+            "scales of the blocks": float(self.groups() * at_hand) * (s.itemsize + 1 + 4 + 4),
+            "norms": 4.0 * s.rest * at_hand,
         }
         if not self.cuda:
             held["libraries at work"] = WORK
-        one = 4.0 * math.prod(s.largest) + 2.0 * self.engine.products * math.prod(s.largest)
-        if self.engine.checkpoint:
-            saved = 4.0 * s.hidden * s.blocks + self.saved_per_token()
+        boundary = 4.0 * s.hidden * length * s.blocks
+        if not config.end_to_end.resident:
+            samples = min(config.end_to_end.unit_samples, config.end_to_end.batch_size)
+            saved = boundary * samples + self.saved_per_token() * length
+        elif self.engine.checkpoint:
+            saved = boundary + self.saved_per_token() * length
         else:
-            saved = self.saved_per_token() * s.blocks
-        cache = {"activation cache": self.cached()}
+            saved = self.saved_per_token() * length * s.blocks
+        one = (4.0 + 2.0 * self.engine.products) * math.prod(s.largest)
         logits = min(length, TOKENS_AT_ONCE) * s.vocabulary * (6 * 4.0 + 2 * s.itemsize)
-        moments.add("the head's pass", held | {"activations": length * saved, "logits": logits}, cache)
-        moments.add("the backward pass", held | {"activations": length * saved, "one linear": one}, cache)
+        cache = {"activation cache": self.cached()}
+        moments.add("the head's pass", held | {"activations": saved, "logits": logits}, cache)
+        moments.add("the backward pass", held | {"activations": saved, "one linear": one}, cache)
         return moments.peaks("end_to_end")
 
     def evaluate(self) -> UnitPeaks:

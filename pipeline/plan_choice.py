@@ -204,6 +204,9 @@ def _changes(shape: BlockShape, config: RunConfig) -> Iterator[tuple[str, dict[s
     if method.look_ahead or method.quantized_stream_loss:
         off = {"look_ahead": 0, "quantized_stream_loss": 0.0}
         yield "method.look_ahead 0 and quantized_stream_loss 0", {"method": off}, "the plain loss"
+    if config.end_to_end.epochs and config.end_to_end.resident:
+        not_kept = {"end_to_end": {"resident": False}}
+        yield "end_to_end.resident false", not_kept, "blocks are read twice by every unit of the last stage"
     if config.end_to_end.epochs:
         yield "end_to_end.epochs 0", {"end_to_end": {"epochs": 0}}, "scales stay as each block by itself left them"
     if config.optimizer.steps == "adamw":

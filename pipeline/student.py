@@ -1,12 +1,14 @@
 """The whole quantized model in one worker, its scales to be trained: what the end-to-end stage computes with.
 
-Blocks are those of the results, a byte a weight and the scales beside it, with the family's own norms and head around them.
+Blocks are those of the results, a byte a weight and the scales beside it, with the family's own norms and head around them. They
+are kept (`end_to_end.resident`), or read again for every pass: then memory is one block's, whatever the model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,78 +24,136 @@ from pipeline.artifacts import Artifact, read_tensors
 from pipeline.block_state import read_result
 from pipeline.worker import Worker
 
+# Hidden states that enter the first block, and those that leave the full-precision model's last; one sequence.
+Pair = tuple[Tensor, Tensor]
+Write = Callable[[int, dict[str, Tensor]], None]
+
 
 def block_file(index: int) -> str:
     """The file of one block's tensors in an artifact of the whole model's."""
     return f"block-{index:03d}.safetensors"
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A block, and its quantized linears by name."""
+
+    block: nn.Module
+    linears: dict[str, ScaledLinear]
+
+    def put(self, factors: dict[str, Tensor] | None) -> None:
+        """Compute with a state's factors, or with the result's own scales."""
+        for name, linear in self.linears.items():
+            linear.put(factors[f"value/{name}"] if factors else torch.ones_like(linear.factor))
+
+    def take_gradients(self) -> dict[str, Tensor]:
+        """Of its factors, which have none afterwards; zeros where no token came by."""
+        found = {}
+        for name, linear in self.linears.items():
+            gradient, linear.factor.grad = linear.factor.grad, None
+            found[name] = torch.zeros_like(linear.factor) if gradient is None else gradient
+        return found
+
+
 class Student:
-    """`results`: what every block was quantized to. `load` before the first pass."""
+    """`results`: what every block was quantized to."""
 
     def __init__(self, worker: Worker, results: tuple[Artifact, ...]) -> None:
         self.worker = worker
         self.results = results
-        self.linears: list[dict[str, ScaledLinear]] = []
-        self.blocks = [self._block(index, artifact) for index, artifact in enumerate(results)]
+        self.resident = worker.config.end_to_end.resident
         self.around = worker.surroundings()
         self.scales: Artifact | None = None
-
-    def _block(self, index: int, artifact: Artifact) -> nn.Module:
-        worker = self.worker
-        worker.leave_if_asked()
-        result = read_result(worker.store, artifact)
-        block = worker.new_block(index, without=result.weights.keys())
-        load_tensors(block, result.folded)
-        weights = {name: weight.to(worker.device) for name, weight in result.weights.items()}
-        self.linears.append(replace_by_scaled(block, weights))
-        quantize_activations(block, worker.linears(index), worker.config.scheme)
-        return block
+        self.kept: dict[int, Opened] = {}
 
     def load(self, scales: Artifact | None) -> None:
         """Compute with the factors of a state; None: with the results' own scales."""
-        if scales == self.scales:
-            return
-        for index, linears in enumerate(self.linears):
-            state = read_tensors(self.worker.store, scales, block_file(index)) if scales else {}
-            for name, linear in linears.items():
-                linear.put(state[f"value/{name}"] if scales else torch.ones_like(linear.factor))
-        self.scales = scales
+        if scales != self.scales:
+            self.scales = scales
+            for index, opened in self.kept.items():
+                opened.put(self._factors(index))
 
-    def loss(self, hidden: Tensor, target: Tensor, *, backward: bool) -> float:
-        """Divergence summed over the tokens of some sequences. `hidden` enters the first block, `target` leaves the
-        full-precision model's last. With `backward` the factors' gradients are added up."""
-        with torch.set_grad_enabled(backward), products_in(self.worker.context.autocast, hidden.device):
-            leaving = hidden.float()
-            for index, block in enumerate(self.blocks):
-                arguments = self.worker.arguments(index, hidden.shape[1])
-                leaving = self._run(block, leaving, arguments)
-        total, gradient = head_pass(self.around.head, leaving, target, backward=backward)
-        if gradient is not None and math.isfinite(total):
-            leaving.backward(gradient)
+    def losses(self, pairs: list[Pair]) -> float:
+        """Divergence, summed over the tokens."""
+        leaving, _ = self._pass(pairs)
+        return self._head(leaving, pairs, backward=False)[0]
+
+    def backward(self, pairs: list[Pair], write: Write) -> float:
+        """The same, with its gradient for the factors of every block, which `write` is given block by block."""
+        return self._at_once(pairs, write) if self.resident else self._block_by_block(pairs, write)
+
+    def _factors(self, index: int) -> dict[str, Tensor] | None:
+        return read_tensors(self.worker.store, self.scales, block_file(index)) if self.scales else None
+
+    def _open(self, index: int) -> Opened:
+        if index in self.kept:
+            return self.kept[index]
+        worker = self.worker
+        worker.leave_if_asked()
+        result = read_result(worker.store, self.results[index])
+        block = worker.new_block(index, without=result.weights.keys())
+        load_tensors(block, result.folded)
+        weights = {name: weight.to(worker.device) for name, weight in result.weights.items()}
+        opened = Opened(block, replace_by_scaled(block, weights))
+        quantize_activations(block, worker.linears(index), worker.config.scheme)
+        opened.put(self._factors(index))
+        if self.resident:
+            self.kept[index] = opened
+        return opened
+
+    def _run(self, index: int, opened: Opened, hidden: Tensor) -> Tensor:
+        arguments = self.worker.arguments(index, hidden.shape[1])
+        with products_in(self.worker.context.autocast, hidden.device):
+            if self.worker.config.compute.checkpoint and torch.is_grad_enabled():
+                again: Any = checkpoint(
+                    run_block, opened.block, hidden, arguments, use_reentrant=False, preserve_rng_state=False
+                )
+                return again
+            return run_block(opened.block, hidden, arguments)
+
+    @torch.no_grad()
+    def _pass(self, pairs: list[Pair]) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """What leaves the last block, and what entered each."""
+        hidden, entered = [pair[0].float() for pair in pairs], []
+        for index in range(len(self.results)):
+            self.worker.leave_if_asked()
+            opened = self._open(index)
+            entered.append(hidden)
+            hidden = [self._run(index, opened, one) for one in hidden]
+        return hidden, entered
+
+    def _head(self, leaving: list[Tensor], pairs: list[Pair], *, backward: bool) -> tuple[float, list[Tensor | None]]:
+        passes = [
+            head_pass(self.around.head, one, pair[1], backward=backward)
+            for one, pair in zip(leaving, pairs, strict=True)
+        ]
+        return sum(loss for loss, _ in passes), [gradient for _, gradient in passes]
+
+    def _at_once(self, pairs: list[Pair], write: Write) -> float:
+        """One sequence after another through all blocks."""
+        total = 0.0
+        for pair in pairs:
+            self.worker.leave_if_asked()
+            hidden = pair[0].float()
+            for index in range(len(self.results)):
+                hidden = self._run(index, self._open(index), hidden)
+            loss, [gradient] = self._head([hidden], [pair], backward=True)
+            total += loss
+            if math.isfinite(loss):
+                hidden.backward(gradient)
+        for index, opened in self.kept.items():
+            write(index, opened.take_gradients())
         return total
 
-    def _run(self, block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-        if self.worker.config.compute.checkpoint and torch.is_grad_enabled():
-            result: Tensor = checkpoint(
-                run_block, block, hidden, arguments, use_reentrant=False, preserve_rng_state=False
-            )
-            return result
-        return run_block(block, hidden, arguments)
-
-    def zero_gradients(self) -> None:
-        """Before a new sum."""
-        for _, _, linear in self.all_linears():
-            linear.factor.grad = None
-
-    def gradients(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Of every block's factors, by linear; zeros where no token came by."""
-        for index, linears in enumerate(self.linears):
-            factors = {name: linear.factor for name, linear in linears.items()}
-            yield index, {name: torch.zeros_like(f) if f.grad is None else f.grad for name, f in factors.items()}
-
-    def all_linears(self) -> Iterator[tuple[int, str, ScaledLinear]]:
-        """With their blocks and names."""
-        for index, linears in enumerate(self.linears):
-            for name, linear in linears.items():
-                yield index, name, linear
+    def _block_by_block(self, pairs: list[Pair], write: Write) -> float:
+        """All sequences through one block after another, and back: a block is read twice, and runs forward twice."""
+        leaving, entered = self._pass(pairs)
+        total, gradients = self._head(leaving, pairs, backward=True)
+        for index in reversed(range(len(self.results))):
+            self.worker.leave_if_asked()
+            opened, before = self._open(index), [one.requires_grad_() for one in entered.pop()]
+            for place, one in enumerate(before):
+                self._run(index, opened, one).backward(gradients[place])
+                gradients[place] = one.grad
+            write(index, opened.take_gradients())
+        return total

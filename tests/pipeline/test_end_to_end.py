@@ -88,6 +88,17 @@ def test_pieces_give_the_same_bytes(model: Path, short_text: Path, tmp_path: Pat
     assert len(done) == len(set(done))
 
 
+def test_a_block_at_a_time_gives_the_same_bytes(model: Path, short_text: Path, tmp_path: Path) -> None:
+    kept, _ = run(config(model, short_text, tmp_path / "kept"))
+    hashes = checkpoint_hashes(kept.prepared.checkpoint)
+    for name, sections in {
+        "again": {"end_to_end": {**END, "resident": False}},
+        "checkpoint": {"compute": {"dtype": "float32", "checkpoint": True}},
+    }.items():
+        other, _ = run(config(model, short_text, tmp_path / name, **sections))
+        assert checkpoint_hashes(other.prepared.checkpoint) == hashes
+
+
 def test_round_to_nearest_alone_can_be_trained_too(model: Path, short_text: Path, tmp_path: Path) -> None:
     nothing = {"clipping": "none", "increment": "none"}
     finished, _ = run(config(model, short_text, tmp_path / "run", method=nothing, optimizer={"epochs": 0}))
