@@ -231,20 +231,21 @@ def run_command(
     except Exception as error:  # storage and network raise what their clients raise
         unexpected(error, resume)
     show_result(result)
-    if result["flagged"]:
-        from pipeline.report import flag_line
+    from pipeline.report import end_flag, flag_line
 
-        fail("; ".join(flag_line(block) for block in result["flagged"]), FLAGGED)
+    if flags := [*(flag_line(block) for block in result["flagged"]), *end_flag(result["end_to_end"])]:
+        fail("; ".join(flags), FLAGGED)
 
 
 def run_and_publish(
     config: RunConfig, reporter: Reporter, should_stop: Callable[[], bool], how: dict[str, bool], *, merge_only: bool
 ) -> dict[str, Any]:
     """The result. Raises UserError or StoppedError."""
+    from pipeline.driver import StoppedError
     from pipeline.merge import unpublished
     from pipeline.prepare import prepare
     from pipeline.quarantine import refuse_flagged
-    from pipeline.report import block_reports, flagged, publish_checkpoint, write_result
+    from pipeline.report import block_reports, end_flag, end_report, flagged, publish_checkpoint, write_result
     from pipeline.run import inline_workers, leased, ray_workers, run_to_goals
 
     workers, restrict = (inline_workers, only_merge) if merge_only else (ray_workers, lambda graph, driver: None)
@@ -257,6 +258,8 @@ def run_and_publish(
         finished = run_to_goals(prepared, reporter, workers, should_stop, restrict, **how)
         if how.get("strict"):
             refuse_flagged({block["block"]: block["reason"] for block in flagged(block_reports(finished))})
+            if flags := end_flag(end_report(finished)):
+                raise StoppedError(f"{flags[0]}, and --strict takes no such checkpoint.", interrupted=False)
         publish_checkpoint(finished)
         return write_result(finished)
 
@@ -265,8 +268,10 @@ def only_merge(graph: Any, driver: Any) -> None:
     """Leave the shards as the only goals. Raises UserError if blocks are missing."""
     graph.goals = [a for a in graph.goals if a.kind == "shard"]
     missing = [node for node in driver.needed(graph) if node.stage != "merge"]
+    blocks = sorted({n.block for n in missing if n.stage == "optimize"})
+    if missing and not blocks:
+        raise UserError("the scales are not trained to the end yet: give the command that began this run again first")
     if missing:
-        blocks = sorted({n.block for n in missing if n.stage == "optimize"})
         raise UserError(
             f"{len(blocks)} blocks are not done ({blocks[0]} to {blocks[-1]}): give the command that began this run again first"
         )
@@ -277,7 +282,7 @@ def show_result(result: dict[str, Any]) -> None:
     if not sys.stdout.isatty():
         print(json.dumps(result))
         return
-    from pipeline.report import perplexity_rows
+    from pipeline.report import divergence_words, perplexity_rows
 
     console = Console()
     if result["perplexity"]:
@@ -291,6 +296,9 @@ def show_result(result: dict[str, Any]) -> None:
         for row in rows:
             table.add_row(*row)
         console.print(table)
+    if result["end_to_end"]:
+        words = divergence_words(result["end_to_end"])
+        console.print(f"Divergence from full precision, by scales trained end to end: {words}", highlight=False)
     peaks = ", ".join(f"{name} {mib:.0f}" for name, mib in result["peak_rss_mib"].items())
     console.print(f"Peak memory (MiB): {peaks}", highlight=False)
     place = result["checkpoint"] or f"none is published: {result['unpublished']}"

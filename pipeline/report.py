@@ -63,6 +63,25 @@ def end_report(finished: Finished) -> dict[str, Any] | None:
     return found[0].meta if found else None
 
 
+def divergence_words(end: dict[str, Any]) -> str:
+    """What the end-to-end stage did to its loss."""
+    losses = (end["initial_loss"], end["loss"])
+    words = ["not finite" if loss is None else f"{loss:.4f}" for loss in losses]
+    return f"{words[0]} → {words[1]} nats a token"
+
+
+def end_flag(end: dict[str, Any] | None) -> list[str]:
+    """A sentence if the end-to-end stage met a number that was not finite."""
+    if end is None or end["status"] == "ok":
+        return []
+    held = (
+        "its scales are those after these"
+        if end["kept"] == "trained"
+        else "scales are those that the blocks ended with"
+    )
+    return [f"end to end: a loss or gradient was not finite after {end['steps']} steps; {held}"]
+
+
 def without_times(block: dict[str, Any]) -> dict[str, Any]:
     """A block's report without what differs from run to run."""
     history = [{k: v for k, v in entry.items() if k not in TIMES} for entry in block["history"]]
@@ -214,7 +233,12 @@ def origin(prepared: Prepared) -> list[str]:
     return rows
 
 
-def model_card(prepared: Prepared, table: dict[str, dict[str, float]], blocks: list[dict[str, Any]]) -> str:
+def model_card(
+    prepared: Prepared,
+    table: dict[str, dict[str, float]],
+    blocks: list[dict[str, Any]],
+    end: dict[str, Any] | None = None,
+) -> str:
     """The checkpoint's README. Deterministic: no dates, no times, no machine."""
     config = prepared.config
     identity = recipe_of(prepared)
@@ -242,6 +266,8 @@ def model_card(prepared: Prepared, table: dict[str, dict[str, float]], blocks: l
         f"| calibration | {config.data.samples} × {config.data.sequence_length} tokens of {config.data.source}, seed {config.data.seed} |",
         f"| made with | {', '.join(f'{name} {value}' for name, value in identity['versions'].items())} |",
     ]
+    if end is not None:
+        lines[-1:] = [f"| divergence from full precision | {divergence_words(end)} |", lines[-1]]
     if rows:
         evaluation = config.evaluation
         lines += ["", f"Perplexity, {evaluation.windows} windows of {evaluation.length} tokens (lower is better):", ""]
@@ -249,9 +275,9 @@ def model_card(prepared: Prepared, table: dict[str, dict[str, float]], blocks: l
     if few := {block["block"]: block["untrained_experts"] for block in blocks if block.get("untrained_experts")}:
         lines += ["", f"Experts that saw fewer than {config.method.expert_tokens} tokens, clipped without data:", ""]
         lines += [f"- block {block}: {', '.join(experts)}" for block, experts in few.items()]
-    if odd := flagged(blocks):
-        lines += ["", "**Not all blocks are what training was to make them:**", ""]
-        lines += [f"- **block {block['block']}**: {FLAG_WORDS[block['status']]}" for block in odd]
+    odd = [f"**block {block['block']}**: {FLAG_WORDS[block['status']]}" for block in flagged(blocks)] + end_flag(end)
+    if odd:
+        lines += ["", "**Not all is what training was to make it:**", "", *(f"- {line}" for line in odd)]
     return "\n".join([*lines, ""])
 
 
@@ -263,13 +289,13 @@ def publish_checkpoint(finished: Finished) -> None:
     prepared = finished.prepared
     if unpublished(prepared.config, prepared.skeleton):
         return
-    blocks = block_reports(finished)
+    blocks, end = block_reports(finished), end_report(finished)
     shards = records(prepared.store, artifacts_of(finished, "shard"))
     table = perplexities(finished)
     manifest = {
         "identity": recipe_of(prepared),
         "perplexity": table,
-        "end_to_end": end_report(finished),
+        "end_to_end": end,
         "flagged": flagged(blocks),
         "blocks": [without_times(block) for block in blocks],
         **tuned_from(prepared),
@@ -278,7 +304,7 @@ def publish_checkpoint(finished: Finished) -> None:
         },
     }
     extra = {
-        "README.md": model_card(prepared, table, blocks).encode(),
+        "README.md": model_card(prepared, table, blocks, end).encode(),
         CHECKPOINT_MANIFEST: json.dumps(manifest, indent=1, sort_keys=True).encode(),
     }
     publish(prepared.checkpoint, prepared.source, shards, checkpoint_config(prepared), extra)

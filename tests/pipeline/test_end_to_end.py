@@ -12,10 +12,12 @@ from running import Silent, checkpoint_hashes, run, run_in_pieces, tiny_config
 from pipeline import student
 from pipeline.artifacts import read_record, read_tensors
 from pipeline.block_state import WEIGHTS_FILE, BlockResult
+from pipeline.cli import only_merge
 from pipeline.config import RunConfig, parse_config
+from pipeline.driver import StoppedError
 from pipeline.end_to_end import steps_of
 from pipeline.errors import UserError
-from pipeline.report import artifacts_of
+from pipeline.report import artifacts_of, end_flag
 from pipeline.run import Finished
 
 END = {"epochs": 2, "batch_size": 6, "learning_rate": 1e-2}
@@ -139,12 +141,25 @@ def test_a_loss_that_is_not_finite_stops_the_steps_and_says_so(
     assert result["end_to_end"]["status"] == "non_finite"
     assert result["end_to_end"]["steps"] == 1
     assert result["end_to_end"]["loss"] <= result["end_to_end"]["initial_loss"]
+    sentence = "end to end: a loss or gradient was not finite after 1 steps; its scales are those after these"
+    assert end_flag(result["end_to_end"]) == [sentence]
+    assert sentence in (tmp_path / "run" / "checkpoint" / "README.md").read_text()
 
 
 def test_activations_and_gradients_are_deleted(model: Path, short_text: Path, tmp_path: Path) -> None:
     run(config(model, short_text, tmp_path / "run"))
     left = {path.name for path in (tmp_path / "run").iterdir() if path.is_dir() and any(path.rglob("commit.json"))}
     assert not left & {"hidden", "gradient", "scales", "stream", "state"}
+
+
+def test_a_merge_before_the_scales_are_trained_is_refused(model: Path, short_text: Path, tmp_path: Path) -> None:
+    report = Silent()
+    given = config(model, short_text, tmp_path / "run", evaluation={"texts": {}})
+    with pytest.raises(StoppedError):
+        run(given, report, should_stop=lambda: any(unit.startswith("end_to_end") for unit in report.units))
+    assert sum(unit.startswith("optimize") for unit in report.units) == 6
+    with pytest.raises(UserError, match="the scales are not trained to the end yet: give the command that began"):
+        run(given, restrict=only_merge)
 
 
 def test_a_fine_tune_refuses_it(tmp_path: Path) -> None:
