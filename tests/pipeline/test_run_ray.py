@@ -39,6 +39,7 @@ SIZE: dict[str, Any] = {
     "data": {"samples": 24, "sequence_length": 64},
     "optimizer": {"epochs": 3},
     "schedule": {"kind": "parallel", "refresh_every": 1},
+    "end_to_end": {"epochs": 1, "batch_size": 8},
 }
 
 
@@ -98,8 +99,8 @@ def kill_driver_and_actors(process: subprocess.Popen[bytes]) -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "count"),
-    [("hidden/*/" + RECORD, 5), ("state/*/" + RECORD, 1), ("quantized/*/" + RECORD, 2)],
-    ids=["in-capture", "in-training", "towards-the-end"],
+    [("hidden/*/" + RECORD, 5), ("state/*/" + RECORD, 1), ("quantized/*/" + RECORD, 2), ("scales/*/" + RECORD, 1)],
+    ids=["in-capture", "in-training", "towards-the-end", "end-to-end"],
 )
 def test_sigkill_of_driver_and_actors_costs_nothing_that_was_committed(
     killed_run: tuple[Path, Path], undisturbed: dict[str, str], pattern: str, count: int
