@@ -28,7 +28,7 @@ from pipeline.costs import Device
 from pipeline.errors import UserError
 from pipeline.memory_plan import BASE, DRIVER, GIB, MemoryPlan, Peak, worker_peak
 from pipeline.plan import Workers, parse_size, plan
-from pipeline.plan_choice import Choice, Limits, choose, present_engine
+from pipeline.plan_choice import Choice, Limits, changed, choose, present_engine
 from pipeline.plan_shapes import BlockShape, block_shape
 from pipeline.prepare import prepare
 from pipeline.skeleton import Skeleton, make_skeleton
@@ -202,6 +202,17 @@ def test_what_fits_nowhere_is_refused_with_what_is_missing_and_what_would_help()
     assert "GiB more than the 4.0 GiB of a worker" in said
     assert "data.sequence_length 1024 (shorter texts; " in said
     assert "\n" not in said
+
+
+def test_the_whole_model_at_the_end_is_a_byte_a_weight_and_a_block_at_a_time_is_not() -> None:
+    seventy = replace(SEVENTY, blocks=80)
+    config = changed(large(), {"end_to_end": {"epochs": 2}})
+    kept = MemoryPlan(seventy, config, present_engine(config)).units()["end_to_end"].host
+    assert kept.terms["codes of the blocks"] == 80 * seventy.weights
+    assert kept.total > 80 * seventy.weights
+    with pytest.raises(UserError, match=r"stage end_to_end needs .* end_to_end.resident false \(.*, which is enough\)"):
+        choose(seventy, config, Limits(memory=64 * GIB))
+    choose(seventy, changed(config, {"end_to_end": {"resident": False}}), Limits(memory=64 * GIB))
 
 
 def test_a_gpu_holds_the_block_and_the_host_does_not() -> None:
