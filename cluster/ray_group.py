@@ -139,6 +139,7 @@ class RayGroup:
         if failed or process is seat.processes[0]:
             seat.answer = answer
         if seat.unit is None:
+            process.asked = time.monotonic()  # it runs, and what it is asked next it is asked now
             return self._lose(seat, answer.message, fatal=answer.kind == "fatal") if failed else self._started(seat)
         if failed and seat.pool.members > 1:
             # One that dies is a failure to the others, who may be heard first: the unit's own only if all are alive.
@@ -205,7 +206,7 @@ class RayGroup:
                     process.ping()
             elif (process.placed or process.call is None) and waited > self._deadline:
                 return self._lose(seat, f"has not answered for {self._deadline:g} s")
-            elif not process.placed and waited > _PLACE_SECONDS:
+            elif not process.placed and process.call is not None and waited > _PLACE_SECONDS:
                 self._starts.no_room(process.node, f"a worker of {seat.pool.cpus:g} CPUs and {seat.pool.gpus:g} GPUs")
                 self._end(seat)
                 break

@@ -27,13 +27,14 @@ TOKENS_AT_ONCE = 256
 
 
 class _Product(torch.autograd.Function):
-    """x · W_hatᵀ with W_hat = scale · (codes − zero), and the gradients of x and of the scale. Keeps x alone."""
+    """x · W_hatᵀ + b with W_hat = scale · (codes − zero), and the gradients of x and of the scale. Keeps x alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, linear: ScaledLinear, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x, scale)
         ctx.linear, ctx.dtype = linear, dtype
-        return functional.linear(x.to(dtype), linear.weight_of(scale, dtype))
+        bias = None if linear.bias is None else linear.bias.to(dtype)
+        return functional.linear(x.to(dtype), linear.weight_of(scale, dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -49,7 +50,8 @@ class ScaledLinear(nn.Module):
 
     The scale is rounded to the dtype it is stored in, straight-through: what is trained is what is loaded.
 
-    W_hat is made in every pass from the codes, which take a byte a weight; small ones are kept until the factor is put in anew.
+    W_hat is made in every pass from the codes, which take a byte a weight, or kept until the factor is put in anew.
+    `recompute`: never keep it; None: that of linears of `MANY` weights and more.
     """
 
     codes: UInt8[Tensor, "out groups size"]
@@ -57,8 +59,9 @@ class ScaledLinear(nn.Module):
     scale: Float[Tensor, "out groups"]
     bias: Float[Tensor, " out"] | None
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, *, recompute: bool | None = None) -> None:
         super().__init__()
+        self.recompute = weight.codes.numel() >= MANY if recompute is None else recompute
         self.register_buffer("codes", weight.codes.view(*weight.scale.shape, -1), persistent=False)
         self.register_buffer("zero_point", weight.zero_point, persistent=False)
         self.register_buffer("scale", weight.scale, persistent=False)
@@ -72,9 +75,11 @@ class ScaledLinear(nn.Module):
         self.kept = None
 
     def present_scale(self) -> Float[Tensor, "out groups"]:
-        """In float32, rounded to the dtype that it is stored in. A scale never changes its sign, and never vanishes."""
-        scale = self.scale.float() * self.factor.clamp(min=0.5, max=2.0)
-        return straight_through(scale, scale.to(self.scale.dtype).float())
+        """In float32, rounded to the dtype that it is stored in; as it was where that would be zero or infinite."""
+        scale = self.scale.float() * self.factor
+        rounded = scale.detach().to(self.scale.dtype)
+        possible = (rounded != 0) & rounded.isfinite()
+        return straight_through(scale, torch.where(possible, rounded, self.scale).float())
 
     @torch.no_grad()
     def weight_of(self, scale: Float[Tensor, "out groups"], dtype: torch.dtype) -> Float[Tensor, "out in"]:
@@ -82,7 +87,7 @@ class ScaledLinear(nn.Module):
         if self.kept is not None and self.kept.dtype == dtype:
             return self.kept
         weight = QuantizedWeight(self.codes.flatten(1), scale, self.zero_point).dequantize(dtype)
-        self.kept = weight if weight.numel() < MANY else None
+        self.kept = None if self.recompute else weight
         return weight
 
     def by_scale(self, by_weight: Float[Tensor, "out in"]) -> Float[Tensor, "out groups"]:
@@ -98,7 +103,7 @@ class ScaledLinear(nn.Module):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
         product: Tensor = _Product.apply(x, self.present_scale(), self, dtype)
-        return product if self.bias is None else product + self.bias
+        return product
 
 
 def scaled(weight: QuantizedWeight, factor: Float[Tensor, "out groups"]) -> QuantizedWeight:
@@ -108,13 +113,15 @@ def scaled(weight: QuantizedWeight, factor: Float[Tensor, "out groups"]) -> Quan
     return QuantizedWeight(weight.codes, linear.present_scale().detach().to(weight.scale.dtype), weight.zero_point)
 
 
-def replace_by_scaled(block: nn.Module, weights: Mapping[str, QuantizedWeight]) -> dict[str, ScaledLinear]:
+def replace_by_scaled(
+    block: nn.Module, weights: Mapping[str, QuantizedWeight], *, recompute: bool | None = None
+) -> dict[str, ScaledLinear]:
     """Put scaled linears in the place of a block's quantized ones, all else frozen and in float32. Returns them by name."""
     block.requires_grad_(False)
     linears = {}
     for name, weight in weights.items():
         bias = block.get_submodule(name).bias
-        linears[name] = ScaledLinear(weight, bias if isinstance(bias, Tensor) else None)
+        linears[name] = ScaledLinear(weight, bias if isinstance(bias, Tensor) else None, recompute=recompute)
         block.set_submodule(name, linears[name])
     for module in block.modules():
         if not isinstance(module, ScaledLinear):
@@ -152,8 +159,12 @@ def head_pass(
     return total, entering.grad
 
 
+# A factor stays within: what needs more is not to be had by scales.
+BOUNDS = (0.5, 2.0)
+
+
 class Adam:
-    """One step of AdamW without weight decay on some tensors, with its moments, as a function of what is stored of them."""
+    """One step of AdamW without weight decay on some factors, with its moments, as a function of what is stored of them."""
 
     def __init__(self, rate: float, total: int) -> None:
         self.rate, self.total = rate, total
@@ -164,6 +175,8 @@ class Adam:
 
     def step(self, state: dict[str, Tensor], gradients: Mapping[str, Tensor], done: int) -> dict[str, Tensor]:
         """The state after one more than `done` steps: value/NAME, first/NAME, second/NAME; `state` may be empty at first."""
+        if not gradients:
+            return {}
         state = state or self.begin(gradients)
         values = {name: nn.Parameter(state[f"value/{name}"]) for name in gradients}
         optimizer = torch.optim.AdamW(values.values(), lr=self.rate * cosine(done, self.total), weight_decay=0.0)
@@ -179,7 +192,7 @@ class Adam:
         after: dict[str, Tensor] = {}
         for name, value in values.items():
             moments = optimizer.state[value]
-            after |= {f"value/{name}": value.detach(), f"first/{name}": moments["exp_avg"]}
+            after |= {f"value/{name}": value.detach().clamp_(*BOUNDS), f"first/{name}": moments["exp_avg"]}
             after[f"second/{name}"] = moments["exp_avg_sq"]
         return after
 

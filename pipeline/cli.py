@@ -110,9 +110,10 @@ def quantize(
     if not. A block whose training fails for good (all attempts, or worker after
     worker lost) becomes round-to-nearest and stays so until
     --retry-quarantined. Such blocks are flagged in the manifest, the model
-    card, result.json and by exit code 3.
+    card, result.json and by exit code 3. So is a last stage (end_to_end) that
+    met such a number: no step after it changes anything.
 
-    Exit codes: 0 finished; 3 finished with flagged blocks; 130 interrupted,
+    Exit codes: 0 finished; 3 finished with flags; 130 interrupted,
     resumable; 1 failed, resumable; 2 refused (bad input, such as weights that
     are not finite).
     """

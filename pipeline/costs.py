@@ -123,7 +123,7 @@ class Costs:
             case UpdateTask() as task:
                 return self._update(task)
             case ScaledTask() as task:
-                factors = Read(task.scales.path, 12.0 * self.groups)
+                factors = Read(task.scales.path, 4.0 * self.groups)
                 return Cost(reads=(Read(task.result.path, self.codes), factors), writes=((task.out.path, self.codes),))
             case EvaluateTask() as task:
                 return self._evaluate(task)
@@ -247,14 +247,14 @@ class Costs:
 
     def _gradient(self, task: GradientTask) -> Cost:
         """A worker that was at this stage before holds the model: what it reads are scales and activations."""
-        samples = len(task.part.samples)
+        samples = len(task.share.samples)
         tokens, passes = samples * self.config.data.sequence_length, 3 if task.backward else 1
         # Half of `outer` is the head's products; forward, the gradient of its inputs, and the target's.
         head = (passes if task.backward else 2) * tokens * self.shape.outer / self.device.flops
-        state, scales = task.scales, 12.0 * self.groups * self.shape.blocks
+        state, scales = task.scales, 4.0 * self.groups * self.shape.blocks
         codes = self.codes * self.shape.blocks
         again = not self.config.end_to_end.resident
-        chunk = self._activations(self._samples(task.part.chunk))
+        chunk = self._activations(self._samples(task.share.chunk))
         gradient = 4.0 * self.groups * self.shape.blocks
         return Cost(
             compute=(passes + (again and task.backward)) * self.shape.blocks * self._pass(samples) + head,
@@ -272,7 +272,7 @@ class Costs:
         numbers = self.groups * self.shape.blocks
         reads = [Read(a.path, 4.0 * numbers) for a in task.gradients]
         reads += [Read(task.previous.path, 12.0 * numbers)] if task.previous else []
-        return Cost(block=-1, reads=tuple(reads), writes=((task.out.path, 12.0 * numbers),))
+        return Cost(reads=tuple(reads), writes=((task.out.path, 12.0 * numbers),))
 
     def _evaluate(self, task: EvaluateTask) -> Cost:
         config = self.config.evaluation

@@ -29,18 +29,18 @@ EndStatus = Literal["ok", "non_finite"]
 
 
 @dataclass(frozen=True)
-class Part:
+class Share:
     """Sequences of one unit: some of a chunk's, by their places in it."""
 
     chunk: int
     samples: tuple[int, ...]
 
 
-def steps_of(config: RunConfig) -> list[list[Part]]:
+def steps_of(config: RunConfig) -> list[list[Share]]:
     """The parts of every step's batch, over all epochs, in an order that depends on the seed alone."""
     settings, seed = config.end_to_end, config.optimizer.seed
     size, samples = config.storage.chunk_samples, config.data.samples
-    steps: list[list[Part]] = []
+    steps: list[list[Share]] = []
     for epoch in range(settings.epochs):
         order: list[tuple[int, int]] = []
         for chunk in permutation(-(-samples // size), seed, "end to end", epoch):
@@ -51,12 +51,17 @@ def steps_of(config: RunConfig) -> list[list[Part]]:
     return steps
 
 
-def _parts(batch: list[tuple[int, int]], size: int) -> Iterator[Part]:
+def _parts(batch: list[tuple[int, int]], size: int) -> Iterator[Share]:
     """A batch cut where chunks end, and into so many sequences at the most."""
     for chunk in dict.fromkeys(chunk for chunk, _ in batch):
         places = [place for other, place in batch if other == chunk]
         for start in range(0, len(places), size):
-            yield Part(chunk, tuple(places[start : start + size]))
+            yield Share(chunk, tuple(places[start : start + size]))
+
+
+def moments_file(index: int) -> str:
+    """The file of AdamW's moments of one block, in a file of their own: many read the scales, and one reads these."""
+    return f"moments-{index:03d}.safetensors"
 
 
 def meta_of(worker: Worker, artifact: Artifact) -> dict[str, Any]:
@@ -68,11 +73,15 @@ def meta_of(worker: Worker, artifact: Artifact) -> dict[str, Any]:
 
 
 def student_of(worker: Worker, results: tuple[Artifact, ...], scales: Artifact | None) -> Student:
-    """The worker's student, with the scales of a state; made when it has none of these results."""
-    student = worker.student
+    """The worker's student, with the scales of a state; made when it has none of these results.
+
+    It is the caller's until he gives it back: after a unit that failed half-way it must be made anew.
+    """
+    student, worker.student = worker.student, None
     if not isinstance(student, Student) or student.results != results:
+        del student
         worker.release()
-        worker.student = student = Student(worker, results)
+        student = Student(worker, results)
     student.load(scales)
     return student
 
@@ -85,7 +94,7 @@ class GradientTask:
     first block, `targets` leave the full-precision model's last one.
     """
 
-    part: Part
+    share: Share
     results: tuple[Artifact, ...]
     scales: Artifact | None
     inputs: Chunk
@@ -94,11 +103,11 @@ class GradientTask:
     backward: bool = True
 
     def __call__(self, worker: Worker) -> dict[str, Any]:
-        worker.chunks.prefetch([self.inputs, self.targets])
         student = student_of(worker, self.results, self.scales)
+        worker.chunks.prefetch([self.inputs, self.targets])
         inputs, targets = worker.chunks.get(self.inputs), worker.chunks.get(self.targets)
-        places = [slice(place, place + 1) for place in self.part.samples]
-        pairs = [(inputs[one].to(worker.device), targets[one].to(worker.device)) for one in places]
+        places = [slice(place, place + 1) for place in self.share.samples]
+        ends = [(inputs[one].to(worker.device), targets[one].to(worker.device)) for one in places]
         writer, good = Writer(worker.store, self.out), True
 
         def write(block: int, gradients: dict[str, Tensor]) -> None:
@@ -106,10 +115,11 @@ class GradientTask:
             good = good and finite(gradients)
             writer.write_tensors(block_file(block), {name: gradient.cpu() for name, gradient in gradients.items()})
 
-        loss = student.backward(pairs, write) if self.backward else student.losses(pairs)
+        loss = student.backward(ends, write) if self.backward else student.losses(ends)
         good = good and math.isfinite(loss)
-        tokens = len(pairs) * inputs.shape[1]
+        tokens = len(ends) * inputs.shape[1]
         writer.commit({"tokens": tokens, "loss": number(loss), "finite": good, "stamp": worker.stamp()})
+        worker.student = student
         return {"loss": loss / tokens} if math.isfinite(loss) else {}
 
 
@@ -134,11 +144,17 @@ class UpdateTask:
         writer = Writer(worker.store, self.out)
         for index in range(self.blocks):
             worker.leave_if_asked()
-            state = read_tensors(worker.store, self.previous, block_file(index)) if self.previous else {}
+            state: dict[str, Tensor] = {}
+            if self.previous:
+                for file in (block_file(index), moments_file(index)):
+                    state |= read_tensors(worker.store, self.previous, file)
             summed = self._summed(worker, index, tokens)
             if good:
                 state = adam.step(state, summed, before["done"])
-            writer.write_tensors(block_file(index), state or adam.begin(summed))
+            state = state or adam.begin(summed)
+            values = {name: state.pop(name) for name in sorted(state) if name.startswith("value/")}
+            writer.write_tensors(block_file(index), values)
+            writer.write_tensors(moments_file(index), state)
         loss = sum(part["loss"] for part in parts) / tokens if good else None
         status: EndStatus = "ok" if good else "non_finite"
         done = before["done"] + good
@@ -180,8 +196,9 @@ class ScaledTask:
         writer = Writer(worker.store, self.out)
         writer.write_tensors(WEIGHTS_FILE, result.pack())
         losses = {"initial_loss": number(initial), "loss": number(final if better else initial)}
-        kept = "trained" if better else "initial"
-        writer.commit(losses | {"kept": kept, "status": trained["status"], "steps": trained["done"]})
+        told = {"kept": "trained" if better else "initial", "status": trained["status"], "steps": trained["done"]}
+        tokens = sum(meta_of(worker, artifact)["tokens"] for artifact in self.before)
+        writer.commit(losses | told | {"tokens": tokens})
         return {"loss": losses["loss"], "status": trained["status"]}
 
     def _loss(self, worker: Worker, measured: tuple[Artifact, ...]) -> float:

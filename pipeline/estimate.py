@@ -162,7 +162,7 @@ def estimate(config: RunConfig, workers: int | None = None, found: Outline | Non
             "one_boundary": boundary * captures,
             "all_boundaries": boundary * (blocks + 1) * captures,
             "one_block_state": costs.state_bytes(False) if config.optimizer.epochs else 0,
-            "block_results": shape.weights * blocks,
+            "block_results": shape.weights * blocks * (2 if config.end_to_end.epochs else 1),
             "factors": int(costs.factor_bytes() * blocks) if config.optimizer.epochs else 0,
             "checkpoint": found.checkpoint,
             "high_water": int(played.high_water),

@@ -17,7 +17,7 @@ from pipeline.block_state import learning_rates
 from pipeline.capture import CHUNK_FILE, CaptureTask, EmbedTask
 from pipeline.config import RunConfig, ScheduleConfig
 from pipeline.data_free import RoundTask, StreamTask
-from pipeline.end_to_end import GradientTask, Part, ScaledTask, UpdateTask, steps_of
+from pipeline.end_to_end import GradientTask, ScaledTask, Share, UpdateTask, steps_of
 from pipeline.evaluate import EvaluateTask, Variant
 from pipeline.merge import MergeTask
 from pipeline.optimize import Comparison, TrainTask, stream_file
@@ -333,8 +333,8 @@ class Builder:
         )
         scales: Artifact | None = None
         before: tuple[Artifact, ...] = ()
-        for step, parts in enumerate(steps):
-            gradients = self._gradients(key, f"step-{step:04d}", step, parts, scales)
+        for step, shares in enumerate(steps):
+            gradients = self._gradients(key, f"step-{step:04d}", step, shares, scales)
             before = before or gradients
             previous, scales = scales, Artifact("scales", f"step-{step:04d}", key)
             task = UpdateTask(step, len(steps), self.inputs.blocks, gradients, previous, scales)
@@ -353,15 +353,15 @@ class Builder:
         return made
 
     def _gradients(
-        self, key: str, name: str, step: int, parts: list[Part], scales: Artifact | None, *, backward: bool = True
+        self, key: str, name: str, step: int, shares: list[Share], scales: Artifact | None, *, backward: bool = True
     ) -> tuple[Artifact, ...]:
         """Units of a step that share its sequences."""
         made = []
-        for place, part in enumerate(parts):
+        for place, share in enumerate(shares):
             out = Artifact("gradient", f"{name}-{place:02d}", key)
-            inputs, targets = (self.hidden[boundary][part.chunk] for boundary in (0, -1))
+            inputs, targets = (self.hidden[boundary][share.chunk] for boundary in (0, -1))
             chunks = Chunk(inputs, CHUNK_FILE), Chunk(targets, CHUNK_FILE)
-            task = GradientTask(part, tuple(self.quantized), scales, *chunks, out, backward)
+            task = GradientTask(share, tuple(self.quantized), scales, *chunks, out, backward)
             reads = (*self.quantized, inputs, targets, *((scales,) if scales else ()))
             self._add_end(f"{name}/{place:02d}", task, reads, out, (step, 0, place), place)
             made.append(out)
@@ -391,7 +391,7 @@ class Builder:
                 self.graph.goals.append(out)
 
     def _evaluate_parts(self, name: str, text: Artifact, reads: dict[str, Any]) -> Artifact | None:
-        """All parts of the quantized model's evaluation but the last, which come while later blocks still train."""
+        """All parts of the quantized model's evaluation but the last; without a stage after the blocks they come while later ones train."""
         before: Artifact | None = None
         for start in range(0, _last_part(self.inputs.blocks), EVALUATION_PART):
             stop = start + EVALUATION_PART

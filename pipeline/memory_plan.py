@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lsi.factors import LARGEST_PART, MANY, SMALL
+from lsi.factors import LARGEST_PART, SMALL
 from lsi.scales import TOKENS_AT_ONCE
 from pipeline.artifacts import PIECE
 from pipeline.block_state import steps_per_epoch
@@ -238,10 +238,10 @@ class MemoryPlan(BlockMemory):
         of one of them; or a block and its activations, and what entered each of them."""
         s, config, moments, length = self.shape, self.config, self._moments(), self.config.data.sequence_length
         at_hand = s.blocks if config.end_to_end.resident else 1
-        small = sum(math.prod(shape) for shape in s.linears if math.prod(shape) < MANY) * at_hand
+        kept = sum(math.prod(shape) for shape in s.linears if not self._recomputes(shape)) * at_hand
         held = self._surroundings() | {
             "codes of the blocks": float(s.weights * at_hand),
-            "small weights that are kept": float(small * self.engine.products),
+            "weights that are kept": float(kept * self.engine.products),
             # In storage's dtype, zero point, factor and gradient.
             "scales of the blocks": float(self.groups() * at_hand) * (s.itemsize + 1 + 4 + 4),
             "norms": 4.0 * s.rest * at_hand,
@@ -251,14 +251,17 @@ class MemoryPlan(BlockMemory):
         boundary = 4.0 * s.hidden * length * s.blocks
         if not config.end_to_end.resident:
             samples = min(config.end_to_end.unit_samples, config.end_to_end.batch_size)
-            saved = boundary * samples + self.saved_per_token() * length
+            saved = boundary * samples + self.saved_per_token(whole=True) * length
         elif self.engine.checkpoint:
-            saved = boundary + self.saved_per_token() * length
+            saved = boundary + self.saved_per_token(whole=True) * length
         else:
             saved = self.saved_per_token() * length * s.blocks
         one = (4.0 + 2.0 * self.engine.products) * math.prod(s.largest)
         logits = min(length, TOKENS_AT_ONCE) * s.vocabulary * (6 * 4.0 + 2 * s.itemsize)
         cache = {"activation cache": self.cached()}
+        # Its linears are there in the model's dtype until the codes take their places.
+        between = {"what entered the blocks": 0.0 if config.end_to_end.resident else saved}
+        moments.add("loading a block", held | between | {"a block as it is made": self.block}, cache)
         moments.add("the head's pass", held | {"activations": saved, "logits": logits}, cache)
         moments.add("the backward pass", held | {"activations": saved, "one linear": one}, cache)
         return moments.peaks("end_to_end")

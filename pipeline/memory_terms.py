@@ -91,13 +91,14 @@ class BlockMemory:
         ahead = min(4 * chunk, 2 * self.boundary(data.samples))
         return max(kept, 2 * chunk) + (ahead if kept < 2 * self.boundary(data.samples) else 0.0)
 
-    def saved_per_token(self) -> float:
-        """Bytes that a token leaves in a block for the backward pass, its linears keeping their inputs alone."""
+    def saved_per_token(self, *, whole: bool = False) -> float:
+        """Bytes that a token leaves in a block for the backward pass, its linears keeping their inputs alone. whole: of all of it, though
+        its parts be run again."""
         s, p = self.shape, self.engine.products
         attention = p * (5 * s.attention + 2 * s.keys)
         wide = p * (4 if s.gated else 2) * s.intermediate * s.passes
         # Inputs, the stream between the parts, their normed inputs, outputs, their error, and the gradients of two of these.
-        if self.engine.checkpoint:
+        if self.engine.checkpoint and not whole:
             return 4.0 * 10 * s.hidden + max(attention, wide)
         return 4.0 * 8 * s.hidden + attention + wide
 

@@ -67,7 +67,7 @@ def divergence_words(end: dict[str, Any]) -> str:
     """What the end-to-end stage did to its loss."""
     losses = (end["initial_loss"], end["loss"])
     words = ["not finite" if loss is None else f"{loss:.4f}" for loss in losses]
-    return f"{words[0]} → {words[1]} nats a token"
+    return f"{words[0]} → {words[1]} nats a token, over {end['tokens']} tokens of the calibration text"
 
 
 def end_flag(end: dict[str, Any] | None) -> list[str]:

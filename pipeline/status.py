@@ -68,6 +68,7 @@ def read_status(store: Store, watch: LeaseWatch | None = None) -> dict[str, Any]
         "blocks_total": sum(a.kind == "quantized" for n in graph.nodes for a in n.makes) if graph else None,
         "flagged_blocks": [block["block"] for block in blocks if block["status"] != "ok"],
         "quarantined": quarantined(store, listed),
+        "end_to_end": end_status(store, graph, listed) if graph else None,
         "stored_bytes": sum(listed.values()),
     }
 
@@ -137,6 +138,12 @@ def block_statuses(store: Store, graph: Graph, listed: dict[str, int]) -> list[d
     paths = [a.path for n in graph.nodes for a in n.makes if a.kind == "quantized" and a.path in listed]
     names = ("block", "status", "kept", "loss", "reason")
     return [{name: meta[name] for name in names} for path in paths if (meta := _meta(store, path))]
+
+
+def end_status(store: Store, graph: Graph, listed: dict[str, int]) -> dict[str, Any] | None:
+    """Losses, status and what was kept of the stage after the blocks; None where it has not ended, or there is none."""
+    paths = [a.path for n in graph.nodes for a in n.makes if a.kind == "scaled" and a.path in listed]
+    return _meta(store, paths[0]) if paths else None
 
 
 def quarantined(store: Store, listed: dict[str, int]) -> list[dict[str, Any]]:

@@ -10,6 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.report import divergence_words, end_flag
+
 FAILURES = 5
 Rows = list[tuple[str, ...]]
 STAGE_HEADER = ("stage", "done", "left", "running", "a minute", "time left")
@@ -101,6 +103,9 @@ def notes(found: dict[str, Any]) -> Iterable[tuple[str, str]]:
     for number, block in sorted((waiting | done).items()):
         kept = block["kept"].replace("_", "-")
         yield f"block {number}: {block['status'].replace('_', '-').upper()}, {kept}: {block['reason']}", "yellow"
+    if found["end_to_end"]:
+        yield f"divergence: {divergence_words(found['end_to_end'])}", ""
+        yield from ((line, "yellow") for line in end_flag(found["end_to_end"]))
     failures = found["failures"][-FAILURES:]
     if failures:
         yield f"last failures ({len(found['failures'])} kept):", ""

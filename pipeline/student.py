@@ -24,13 +24,13 @@ from pipeline.artifacts import Artifact, read_tensors
 from pipeline.block_state import read_result
 from pipeline.worker import Worker
 
-# Hidden states that enter the first block, and those that leave the full-precision model's last; one sequence.
-Pair = tuple[Tensor, Tensor]
+# Of one sequence: hidden states that enter the first block, and those that leave the full-precision model's last.
+Ends = tuple[Tensor, Tensor]
 Write = Callable[[int, dict[str, Tensor]], None]
 
 
 def block_file(index: int) -> str:
-    """The file of one block's tensors in an artifact of the whole model's."""
+    """The file of one block's factors or gradients in an artifact of the whole model's."""
     return f"block-{index:03d}.safetensors"
 
 
@@ -56,7 +56,7 @@ class Opened:
 
 
 class Student:
-    """`results`: what every block was quantized to."""
+    """`results`: what every block was quantized to. After an exception it is of no use any more."""
 
     def __init__(self, worker: Worker, results: tuple[Artifact, ...]) -> None:
         self.worker = worker
@@ -73,14 +73,13 @@ class Student:
             for index, opened in self.kept.items():
                 opened.put(self._factors(index))
 
-    def losses(self, pairs: list[Pair]) -> float:
+    def losses(self, ends: list[Ends]) -> float:
         """Divergence, summed over the tokens."""
-        leaving, _ = self._pass(pairs)
-        return self._head(leaving, pairs, backward=False)[0]
+        return self._head(self._pass(ends, None), ends, backward=False)[0]
 
-    def backward(self, pairs: list[Pair], write: Write) -> float:
+    def backward(self, ends: list[Ends], write: Write) -> float:
         """The same, with its gradient for the factors of every block, which `write` is given block by block."""
-        return self._at_once(pairs, write) if self.resident else self._block_by_block(pairs, write)
+        return self._one_by_one(ends, write) if self.resident else self._block_by_block(ends, write)
 
     def _factors(self, index: int) -> dict[str, Tensor] | None:
         return read_tensors(self.worker.store, self.scales, block_file(index)) if self.scales else None
@@ -94,7 +93,7 @@ class Student:
         block = worker.new_block(index, without=result.weights.keys())
         load_tensors(block, result.folded)
         weights = {name: weight.to(worker.device) for name, weight in result.weights.items()}
-        opened = Opened(block, replace_by_scaled(block, weights))
+        opened = Opened(block, replace_by_scaled(block, weights, recompute=worker.config.compute.recompute))
         quantize_activations(block, worker.linears(index), worker.config.scheme)
         opened.put(self._factors(index))
         if self.resident:
@@ -112,27 +111,29 @@ class Student:
             return run_block(opened.block, hidden, arguments)
 
     @torch.no_grad()
-    def _pass(self, pairs: list[Pair]) -> tuple[list[Tensor], list[list[Tensor]]]:
-        """What leaves the last block, and what entered each."""
-        hidden, entered = [pair[0].float() for pair in pairs], []
+    def _pass(self, ends: list[Ends], entered: list[list[Tensor]] | None) -> list[Tensor]:
+        """What leaves the last block; what entered each goes to `entered`."""
+        hidden = [one.float() for one, _ in ends]
         for index in range(len(self.results)):
             self.worker.leave_if_asked()
+            if entered is not None:
+                entered.append(hidden)
             opened = self._open(index)
-            entered.append(hidden)
             hidden = [self._run(index, opened, one) for one in hidden]
-        return hidden, entered
+            del opened  # before there is another one
+        return hidden
 
-    def _head(self, leaving: list[Tensor], pairs: list[Pair], *, backward: bool) -> tuple[float, list[Tensor | None]]:
+    def _head(self, leaving: list[Tensor], ends: list[Ends], *, backward: bool) -> tuple[float, list[Tensor | None]]:
         passes = [
             head_pass(self.around.head, one, pair[1], backward=backward)
-            for one, pair in zip(leaving, pairs, strict=True)
+            for one, pair in zip(leaving, ends, strict=True)
         ]
         return sum(loss for loss, _ in passes), [gradient for _, gradient in passes]
 
-    def _at_once(self, pairs: list[Pair], write: Write) -> float:
+    def _one_by_one(self, ends: list[Ends], write: Write) -> float:
         """One sequence after another through all blocks."""
         total = 0.0
-        for pair in pairs:
+        for pair in ends:
             self.worker.leave_if_asked()
             hidden = pair[0].float()
             for index in range(len(self.results)):
@@ -145,10 +146,11 @@ class Student:
             write(index, opened.take_gradients())
         return total
 
-    def _block_by_block(self, pairs: list[Pair], write: Write) -> float:
+    def _block_by_block(self, ends: list[Ends], write: Write) -> float:
         """All sequences through one block after another, and back: a block is read twice, and runs forward twice."""
-        leaving, entered = self._pass(pairs)
-        total, gradients = self._head(leaving, pairs, backward=True)
+        entered: list[list[Tensor]] = []
+        leaving = self._pass(ends, entered)
+        total, gradients = self._head(leaving, ends, backward=True)
         for index in reversed(range(len(self.results))):
             self.worker.leave_if_asked()
             opened, before = self._open(index), [one.requires_grad_() for one in entered.pop()]
@@ -156,4 +158,5 @@ class Student:
                 self._run(index, opened, one).backward(gradients[place])
                 gradients[place] = one.grad
             write(index, opened.take_gradients())
+            del opened
         return total

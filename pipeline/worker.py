@@ -209,7 +209,7 @@ class Worker:
     def block(self, index: int) -> nn.Module:
         """The full-precision block in the model's dtype. The last one is kept; do not change it."""
         if self._block is None or self._block[0] != index:
-            self._block = None
+            self._block = self.student = None
             self._block = (index, self.new_block(index))
         return self._block[1]
 

@@ -43,6 +43,23 @@ def test_its_gradients_are_those_of_the_formula() -> None:
     assert_close(entering.grad, plain_x.grad)
 
 
+def test_a_scale_that_its_dtype_cannot_hold_stays_as_it_was() -> None:
+    weight = quantized(torch.float16)
+    weight.scale[0, 0], weight.scale[1, 0] = 6e-8, 6e4
+    factor = torch.ones(24, 2)
+    factor[0, 0], factor[1, 0] = 0.5, 1.5
+    stored = scaled(weight, factor)
+    assert torch.equal(stored.scale, weight.scale)
+
+
+def test_weights_are_made_again_where_that_is_asked_for() -> None:
+    weight, x = quantized(), normal(5, 32, seed=1)
+    kept, again = ScaledLinear(weight, None), ScaledLinear(weight, None, recompute=True)
+    assert torch.equal(kept(x), again(x))
+    assert kept.kept is not None
+    assert again.kept is None
+
+
 def test_a_factor_put_in_anew_counts_at_once() -> None:
     weight, x = quantized(), normal(5, 32, seed=1)
     linear = ScaledLinear(weight, None)

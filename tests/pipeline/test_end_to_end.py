@@ -10,15 +10,19 @@ import torch
 from running import Silent, checkpoint_hashes, run, run_in_pieces, tiny_config
 
 from pipeline import student
-from pipeline.artifacts import read_record, read_tensors
+from pipeline.artifacts import Artifact, Writer, read_record, read_tensors
 from pipeline.block_state import WEIGHTS_FILE, BlockResult
 from pipeline.cli import only_merge
 from pipeline.config import RunConfig, parse_config
 from pipeline.driver import StoppedError
 from pipeline.end_to_end import steps_of
 from pipeline.errors import UserError
+from pipeline.faults import StorageError
 from pipeline.report import artifacts_of, end_flag
 from pipeline.run import Finished
+from pipeline.status import read_status
+from pipeline.status_view import notes
+from pipeline.store import open_store
 
 END = {"epochs": 2, "batch_size": 6, "learning_rate": 1e-2}
 
@@ -51,9 +55,9 @@ def test_every_epoch_takes_every_sample_once() -> None:
         "end_to_end": {"epochs": 2, "batch_size": 9},
     }
     steps = steps_of(parse_config(tree))
-    assert [sum(len(part.samples) for part in step) for step in steps] == [9, 9, 4] * 2
-    assert max(len(part.samples) for step in steps for part in step) == 4
-    taken = Counter((part.chunk, place) for step in steps for part in step for place in part.samples)
+    assert [sum(len(share.samples) for share in step) for step in steps] == [9, 9, 4] * 2
+    assert max(len(share.samples) for step in steps for share in step) == 4
+    taken = Counter((share.chunk, place) for step in steps for share in step for place in share.samples)
     assert set(taken.values()) == {2}
     assert len(taken) == 22
 
@@ -144,6 +148,47 @@ def test_a_loss_that_is_not_finite_stops_the_steps_and_says_so(
     sentence = "end to end: a loss or gradient was not finite after 1 steps; its scales are those after these"
     assert end_flag(result["end_to_end"]) == [sentence]
     assert sentence in (tmp_path / "run" / "checkpoint" / "README.md").read_text()
+    said = [line for line, _ in notes(read_status(open_store(str(tmp_path / "run"))))]
+    assert sentence in said
+    assert any(line.startswith("divergence: ") and line.endswith("tokens of the calibration text") for line in said)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("where", ["write", "read"])
+def test_a_unit_that_fails_half_way_leaves_nothing_behind(
+    model: Path, short_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resident: bool, where: str
+) -> None:
+    sections: dict[str, Any] = {"end_to_end": {**END, "resident": resident}, "evaluation": {"texts": {}}}
+    undisturbed, _ = run(config(model, short_text, tmp_path / "plain", **sections))
+    plain_write, plain_read, failed = Writer.write_tensors, student.read_tensors, []
+
+    def fail(kind: str, file: str) -> None:
+        if kind == {"write": "gradient", "read": "scales"}[where] and file == "block-001.safetensors" and not failed:
+            failed.append(file)
+            raise StorageError("the disk was pulled out")
+
+    def write(writer: Writer, name: str, tensors: Any) -> None:
+        fail(writer.artifact.kind, name)
+        plain_write(writer, name, tensors)
+
+    def read(store: Any, artifact: Artifact, name: str) -> Any:
+        fail(artifact.kind, name)
+        return plain_read(store, artifact, name)
+
+    monkeypatch.setattr(Writer, "write_tensors", write)
+    monkeypatch.setattr(student, "read_tensors", read)
+    disturbed, _ = run(config(model, short_text, tmp_path / "run", **sections))
+    assert failed
+    hashes = checkpoint_hashes(undisturbed.prepared.checkpoint)
+    assert checkpoint_hashes(disturbed.prepared.checkpoint) == hashes
+
+
+def test_a_block_without_quantized_linears_has_no_scales(model: Path, short_text: Path, tmp_path: Path) -> None:
+    finished, _ = run(
+        config(model, short_text, tmp_path / "run", scheme={"bits": 2, "skip": ["lm_head", "model.layers.1.*"]})
+    )
+    assert [len(result.weights) for result in blocks(finished, "scaled")] == [7, 0, 7]
+    assert all(meta["kept"] == "trained" for meta in metas(finished))
 
 
 def test_activations_and_gradients_are_deleted(model: Path, short_text: Path, tmp_path: Path) -> None:
