@@ -82,10 +82,9 @@ def checkpoint_parts(block: nn.Module) -> None:
 
 
 @torch.no_grad()
-def widen_rest(block: nn.Module) -> None:
-    """Everything but quantized linears in float32: it is small, and their weights and factors are widened one by one."""
-    quantized = [module for module in block.modules() if isinstance(module, QuantizedLinear)]
-    theirs = {module for linear in quantized for module in linear.modules()}
+def widen_rest(block: nn.Module, linears: Iterable[nn.Module]) -> None:
+    """Everything but `linears`, the quantized ones, in float32: it is small, and their weights and factors are widened one by one."""
+    theirs = {module for linear in linears for module in linear.modules()}
     for module in block.modules():
         if module not in theirs:
             for tensors in (module._parameters, module._buffers):

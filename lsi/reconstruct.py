@@ -133,7 +133,7 @@ class Reconstruction:
             recompute=method.recompute,
             factorizer=factorizer,
         )
-        widen_rest(block)
+        widen_rest(block, linears.values())
         if method.checkpoint:
             checkpoint_parts(block)
         self.experts = {name: expert for name in sorted(names) if (expert := expert_of(block, name))}

@@ -17,6 +17,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lsi.block import widen_rest
 from lsi.factors import MANY
 from lsi.grid import QuantizedWeight, row_pieces, straight_through
 from lsi.steps import cosine
@@ -123,12 +124,7 @@ def replace_by_scaled(
         bias = block.get_submodule(name).bias
         linears[name] = ScaledLinear(weight, bias if isinstance(bias, Tensor) else None, recompute=recompute)
         block.set_submodule(name, linears[name])
-    for module in block.modules():
-        if not isinstance(module, ScaledLinear):
-            for tensors in (module._parameters, module._buffers):
-                for tensor in tensors.values():
-                    if tensor is not None and tensor.is_floating_point():
-                        tensor.data = tensor.float()
+    widen_rest(block, linears.values())
     return linears
 
 
@@ -163,38 +159,35 @@ def head_pass(
 BOUNDS = (0.5, 2.0)
 
 
-class Adam:
-    """One step of AdamW without weight decay on some factors, with its moments, as a function of what is stored of them."""
+def initial_state(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Before any step: value/NAME, factors of one."""
+    return {f"value/{name}": torch.ones_like(gradient) for name, gradient in gradients.items()}
 
-    def __init__(self, rate: float, total: int) -> None:
-        self.rate, self.total = rate, total
 
-    def begin(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The state before any step."""
-        return {f"value/{name}": torch.ones_like(gradient) for name, gradient in gradients.items()}
-
-    def step(self, state: dict[str, Tensor], gradients: Mapping[str, Tensor], done: int) -> dict[str, Tensor]:
-        """The state after one more than `done` steps: value/NAME, first/NAME, second/NAME; `state` may be empty at first."""
-        if not gradients:
-            return {}
-        state = state or self.begin(gradients)
-        values = {name: nn.Parameter(state[f"value/{name}"]) for name in gradients}
-        optimizer = torch.optim.AdamW(values.values(), lr=self.rate * cosine(done, self.total), weight_decay=0.0)
-        for name, value in values.items():
-            value.grad = gradients[name]
-            if done:
-                optimizer.state[value] = {
-                    "step": torch.tensor(float(done)),
-                    "exp_avg": state[f"first/{name}"],
-                    "exp_avg_sq": state[f"second/{name}"],
-                }
-        optimizer.step()
-        after: dict[str, Tensor] = {}
-        for name, value in values.items():
-            moments = optimizer.state[value]
-            after |= {f"value/{name}": value.detach().clamp_(*BOUNDS), f"first/{name}": moments["exp_avg"]}
-            after[f"second/{name}"] = moments["exp_avg_sq"]
-        return after
+def adam_step(
+    state: Mapping[str, Tensor], gradients: Mapping[str, Tensor], rate: float, done: int, total: int
+) -> dict[str, Tensor]:
+    """AdamW without weight decay on some factors, as a function of what is stored of them: the state after the step that follows
+    `done` of `total` ones, value/NAME, first/NAME, second/NAME."""
+    if not gradients:
+        return {}
+    values = {name: nn.Parameter(state[f"value/{name}"]) for name in gradients}
+    optimizer = torch.optim.AdamW(values.values(), lr=rate * cosine(done, total), weight_decay=0.0)
+    for name, value in values.items():
+        value.grad = gradients[name]
+        if done:
+            optimizer.state[value] = {
+                "step": torch.tensor(float(done)),
+                "exp_avg": state[f"first/{name}"],
+                "exp_avg_sq": state[f"second/{name}"],
+            }
+    optimizer.step()
+    after: dict[str, Tensor] = {}
+    for name, value in values.items():
+        moments = optimizer.state[value]
+        after |= {f"value/{name}": value.detach().clamp_(*BOUNDS), f"first/{name}": moments["exp_avg"]}
+        after[f"second/{name}"] = moments["exp_avg_sq"]
+    return after
 
 
 def finite(gradients: Mapping[str, Tensor]) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lsi.scales import Adam, finite, scaled
+from lsi.scales import adam_step, finite, initial_state, scaled
 from pipeline.artifacts import Artifact, CorruptArtifactError, Writer, read_record, read_tensors
 from pipeline.block_state import WEIGHTS_FILE, number, read_result
 from pipeline.config import RunConfig
@@ -70,6 +70,13 @@ def meta_of(worker: Worker, artifact: Artifact) -> dict[str, Any]:
     if record is None:
         raise CorruptArtifactError(artifact, "its record is missing")
     return record.meta
+
+
+def mean_loss(parts: list[dict[str, Any]]) -> float:
+    """A token's, of what the units of a batch committed; infinite where one was not finite."""
+    if any(part["loss"] is None for part in parts):
+        return math.inf
+    return float(sum(part["loss"] for part in parts) / sum(part["tokens"] for part in parts))
 
 
 def student_of(worker: Worker, results: tuple[Artifact, ...], scales: Artifact | None) -> Student:
@@ -140,18 +147,14 @@ class UpdateTask:
         before: dict[str, Any] = meta_of(worker, self.previous) if self.previous else {"status": "ok", "done": 0}
         tokens = sum(part["tokens"] for part in parts)
         good = before["status"] == "ok" and all(part["finite"] for part in parts)
-        adam = Adam(worker.config.end_to_end.learning_rate, self.steps)
+        rate = worker.config.end_to_end.learning_rate
         writer = Writer(worker.store, self.out)
         for index in range(self.blocks):
             worker.leave_if_asked()
-            state: dict[str, Tensor] = {}
-            if self.previous:
-                for file in (block_file(index), moments_file(index)):
-                    state |= read_tensors(worker.store, self.previous, file)
             summed = self._summed(worker, index, tokens)
+            state = self._before(worker, index) if self.previous else initial_state(summed)
             if good:
-                state = adam.step(state, summed, before["done"])
-            state = state or adam.begin(summed)
+                state = adam_step(state, summed, rate, before["done"], self.steps)
             values = {name: state.pop(name) for name in sorted(state) if name.startswith("value/")}
             writer.write_tensors(block_file(index), values)
             writer.write_tensors(moments_file(index), state)
@@ -160,6 +163,12 @@ class UpdateTask:
         done = before["done"] + good
         writer.commit({"loss": loss, "status": status, "done": done, "stamp": worker.stamp()})
         return {"loss": loss, "status": status}
+
+    def _before(self, worker: Worker, block: int) -> dict[str, Tensor]:
+        """One block's state after the step before."""
+        assert self.previous is not None
+        files = block_file(block), moments_file(block)
+        return {n: t for file in files for n, t in read_tensors(worker.store, self.previous, file).items()}
 
     def _summed(self, worker: Worker, block: int, tokens: int) -> dict[str, Tensor]:
         """The mean gradient over the batch's tokens of one block's scales, added up in the order of the parts."""
@@ -186,7 +195,8 @@ class ScaledTask:
 
     def __call__(self, worker: Worker) -> dict[str, Any]:
         trained = meta_of(worker, self.scales)
-        initial, final = self._loss(worker, self.before), self._loss(worker, self.after)
+        before, after = ([meta_of(worker, a) for a in measured] for measured in (self.before, self.after))
+        initial, final = mean_loss(before), mean_loss(after)
         better = final < initial
         result = read_result(worker.store, self.result)
         if better:
@@ -197,12 +207,5 @@ class ScaledTask:
         writer.write_tensors(WEIGHTS_FILE, result.pack())
         losses = {"initial_loss": number(initial), "loss": number(final if better else initial)}
         told = {"kept": "trained" if better else "initial", "status": trained["status"], "steps": trained["done"]}
-        tokens = sum(meta_of(worker, artifact)["tokens"] for artifact in self.before)
-        writer.commit(losses | told | {"tokens": tokens})
+        writer.commit(losses | told | {"tokens": sum(part["tokens"] for part in before)})
         return {"loss": losses["loss"], "status": trained["status"]}
-
-    def _loss(self, worker: Worker, measured: tuple[Artifact, ...]) -> float:
-        parts = [meta_of(worker, artifact) for artifact in measured]
-        if any(part["loss"] is None for part in parts):
-            return math.inf
-        return float(sum(part["loss"] for part in parts) / sum(part["tokens"] for part in parts))

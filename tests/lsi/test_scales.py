@@ -10,7 +10,16 @@ from torch import nn
 
 from lsi.block import load_quantized, round_block, run_block
 from lsi.grid import Grid, QuantizedWeight, round_to_nearest
-from lsi.scales import Adam, ScaledLinear, divergence, finite, head_pass, replace_by_scaled, scaled
+from lsi.scales import (
+    ScaledLinear,
+    adam_step,
+    divergence,
+    finite,
+    head_pass,
+    initial_state,
+    replace_by_scaled,
+    scaled,
+)
 
 GRID = Grid(2, 16, symmetric=False)
 
@@ -118,10 +127,10 @@ def test_the_head_in_pieces_gives_the_whole_ones_loss_and_gradient(length: int) 
 
 
 def test_steps_from_stored_moments_are_those_of_one_optimizer() -> None:
-    adam, steps = Adam(1e-2, 5), [{"a": normal(4, 3, seed=seed)} for seed in range(5)]
-    state: dict[str, torch.Tensor] = {}
+    steps = [{"a": normal(4, 3, seed=seed)} for seed in range(5)]
+    state = initial_state(steps[0])
     for done, gradients in enumerate(steps):
-        state = {name: tensor.clone() for name, tensor in adam.step(state, gradients, done).items()}
+        state = {name: tensor.clone() for name, tensor in adam_step(state, gradients, 1e-2, done, 5).items()}
     parameter = nn.Parameter(torch.ones(4, 3))
     optimizer = torch.optim.AdamW([parameter], lr=1e-2, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
