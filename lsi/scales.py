@@ -22,7 +22,7 @@ from lsi.factors import MANY
 from lsi.grid import QuantizedWeight, row_pieces, straight_through
 from lsi.steps import cosine
 
-Logits = Float[Tensor, "batch sequence vocabulary"]
+Logits = Float[Tensor, "tokens vocabulary"]
 # So many tokens have their logits in memory at once.
 TOKENS_AT_ONCE = 256
 
@@ -128,31 +128,42 @@ def replace_by_scaled(
     return linears
 
 
-def divergence(logits: Logits, target: Logits) -> Float[Tensor, "batch sequence"]:
-    """Kullback-Leibler divergence of each token's distribution from the target's, in float32."""
-    wanted = target.float().log_softmax(-1)
-    return (wanted.exp() * (wanted - logits.float().log_softmax(-1))).sum(-1)
+def divergence(logits: Logits, target: Logits) -> tuple[Float[Tensor, " tokens"], Logits]:
+    """Kullback-Leibler divergence of each token's distribution from the target's, in float32, and its sum's gradient for the
+    logits, softmax(logits) − softmax(target).
+
+    Some rows after another: a vocabulary's float32 tensors, of all tokens at once, would take longer than the products.
+    """
+    losses, gradient = torch.empty(len(logits), device=logits.device), torch.empty_like(logits)
+    for rows in row_pieces(logits):
+        own, wanted = logits[rows].float(), target[rows].float()
+        probabilities = wanted.softmax(-1)  # not exp of log_softmax: where it underflows, exp is ten times as slow
+        losses[rows] = wanted.log_softmax(-1).sub_(own.log_softmax(-1)).mul_(probabilities).sum(-1)
+        gradient[rows] = own.softmax(-1).sub_(probabilities)
+    return losses, gradient
 
 
 def head_pass(
-    head: Callable[[Tensor], Logits], hidden: Tensor, target: Tensor, *, backward: bool
+    head: Callable[[Tensor], Tensor], hidden: Tensor, target: Tensor, *, backward: bool
 ) -> tuple[float, Tensor | None]:
     """The divergence's sum over the tokens of hidden states that leave the last block, from the full-precision ones `target`.
 
-    Returns it, and the gradient of the hidden states if `backward`. Logits are made of some tokens at a time.
+    Returns it, and the gradient of the hidden states if `backward`. Logits are made of some tokens at a time, and of a whole
+    tensor: for a part of the second dimension of three, torch multiplies batch by batch, with a copy of the head's weight.
     """
     total = 0.0
-    entering = hidden.detach().requires_grad_(backward)
-    for start in range(0, hidden.shape[1], TOKENS_AT_ONCE):
-        piece = slice(start, start + TOKENS_AT_ONCE)
+    entering = hidden.detach().flatten(0, 1).requires_grad_(backward)
+    pieces = zip(entering.split(TOKENS_AT_ONCE), target.flatten(0, 1).split(TOKENS_AT_ONCE), strict=True)
+    for piece, wanted in pieces:
         with torch.no_grad():
-            wanted = head(target[:, piece])
+            goal = head(wanted.unsqueeze(0)).squeeze(0)
         with torch.set_grad_enabled(backward):
-            loss = divergence(head(entering[:, piece]), wanted).sum()
-            if backward:
-                loss.backward()
-        total += float(loss.detach())
-    return total, entering.grad
+            logits = head(piece.unsqueeze(0)).squeeze(0)
+        losses, gradient = divergence(logits.detach(), goal)
+        if backward:
+            logits.backward(gradient)
+        total += float(losses.sum())
+    return total, None if entering.grad is None else entering.grad.view_as(hidden)
 
 
 # A factor stays within: what needs more is not to be had by scales.

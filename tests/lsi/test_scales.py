@@ -100,25 +100,46 @@ def test_a_block_computes_as_a_loader_does() -> None:
     assert_close(run_block(layer, task.inputs, task.arguments), run_block(loaded, task.inputs, task.arguments))
 
 
-def test_the_divergence_is_the_librarys_and_vanishes_for_equal_logits() -> None:
-    ours, theirs = normal(2, 7, 11), normal(2, 7, 11, seed=1)
-    reference = nn.functional.kl_div(
-        ours.log_softmax(-1), theirs.log_softmax(-1), reduction="none", log_target=True
-    ).sum(-1)
-    assert_close(divergence(ours, theirs), reference)
-    assert float(divergence(ours, ours).abs().max()) == 0
+def reference_divergence(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """Of each token, by the library's own function."""
+    log = ours.log_softmax(-1), theirs.log_softmax(-1)
+    return nn.functional.kl_div(*log, reduction="none", log_target=True).sum(-1)
 
 
+@pytest.mark.parametrize("tokens", [1, 14, 400])
+def test_the_divergence_and_its_gradient_are_the_librarys(tokens: int) -> None:
+    ours, theirs = normal(tokens, 1100).requires_grad_(), normal(tokens, 1100, seed=1)
+    reference = reference_divergence(ours, theirs)
+    reference.sum().backward()
+    losses, gradient = divergence(ours.detach(), theirs)
+    assert_close(losses, reference.detach())
+    assert_close(gradient, ours.grad)
+
+
+def test_equal_logits_have_no_divergence_and_no_gradient() -> None:
+    logits = normal(14, 11)
+    assert [float(part.abs().max()) for part in divergence(logits, logits)] == [0, 0]
+
+
+def test_far_logits_have_a_finite_divergence() -> None:
+    """Where probabilities underflow."""
+    ours, theirs = torch.tensor([[0.0, 300.0]]), torch.tensor([[300.0, 0.0]])
+    losses, gradient = divergence(ours, theirs)
+    assert losses.tolist() == [300]
+    assert gradient.tolist() == [[-1, 1]]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("length", [5, 300, 512])
-def test_the_head_in_pieces_gives_the_whole_ones_loss_and_gradient(length: int) -> None:
-    weight, hidden, target = normal(13, 6), normal(1, length, 6, seed=1), normal(1, length, 6, seed=2)
+def test_the_head_in_pieces_gives_the_whole_ones_loss_and_gradient(batch: int, length: int) -> None:
+    weight, hidden, target = normal(13, 6), normal(batch, length, 6, seed=1), normal(batch, length, 6, seed=2)
 
     def head(states: torch.Tensor) -> torch.Tensor:
         return states @ weight.t()
 
     total, gradient = head_pass(head, hidden, target, backward=True)
     whole = hidden.clone().requires_grad_()
-    loss = divergence(head(whole), head(target)).sum()
+    loss = reference_divergence(head(whole), head(target)).sum()
     loss.backward()
     assert total == pytest.approx(loss.item(), rel=1e-5)
     assert gradient is not None
