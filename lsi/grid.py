@@ -20,7 +20,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 # Factors that are tried on a group's range. At 2 bits a heavy-tailed group ends at about a half.
-SHRINKING = tuple(1 - 0.03 * step for step in range(21))
+SHRINKING = tuple(1 - 0.05 * step for step in range(13))
 
 
 @dataclass(frozen=True)

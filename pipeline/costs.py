@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lsi.factors import ITERATIONS, LARGEST_PART, MANY, SMALL
+from lsi.grid import SHRINKING
 from lsi.increment import Increment
 from pipeline.artifacts import Artifact
 from pipeline.block_state import steps_per_epoch
@@ -30,10 +31,10 @@ from pipeline.end_to_end import GradientTask, ScaledTask, UpdateTask
 from pipeline.evaluate import EvaluateTask
 from pipeline.graph import Inputs, Node
 from pipeline.merge import MergeTask
-from pipeline.optimize import TrainTask
+from pipeline.optimize import COMPARED_SAMPLES, TrainTask
 
 _FAKE_QUANTIZATION = 160  # ten passes forward and ten backward, each reading and writing four bytes
-_SEARCH = 21 * 22  # ranges that are tried, on pieces that stay in a cache
+_SEARCH = len(SHRINKING) * 22  # ranges that are tried, on pieces that stay in a cache
 _CODES = 40
 _DENSE = 100  # AdamW: four tensors read and three written in several kernels, and the check for finite gradients
 
@@ -205,11 +206,16 @@ class Costs:
         compared = task.comparison != "none"
         method = self.config.method
         smooths = bool(method.equivalence) and method.equivalence_start == "smoothquant" and task.previous is None
-        measures = (task.comparison == "begins") + bool(task.stream or compared)
-        measure = (1 + task.ahead + self._own_passes()) * self._pass(self.config.data.samples)
+        samples = self.config.data.samples
+        states = (task.comparison == "begins") + bool(task.stream or compared)
+        # Where there is no stream to write, states are measured over the first samples only.
+        chunks_compared = -(-COMPARED_SAMPLES // self.config.storage.chunk_samples)
+        share = sum(self._samples(place) for place in range(len(task.inputs))[:chunks_compared]) / samples
+        measures = bool(task.stream) + (states - bool(task.stream)) * share
+        measure = (1 + task.ahead + self._own_passes()) * self._pass(samples)
         writes: list[tuple[str, float]] = []
         if task.stream:
-            writes.append((task.stream.path, self._activations(self.config.data.samples)))
+            writes.append((task.stream.path, self._activations(samples)))
         if task.state:
             writes.append((task.state.path, self.state_bytes(compared)))
         if task.quantized:
@@ -221,22 +227,26 @@ class Costs:
         previous = Read(task.previous.path, self.state_bytes(before)) if task.previous else None
         chunks = [*enumerate(task.inputs), *enumerate(task.targets)]
         sizes: dict[str, float] = {}
+        passes: dict[str, int] = {}
         for place, chunk in chunks:
-            size = self._activations(self._samples(place))
-            sizes[chunk.artifact.path] = sizes.get(chunk.artifact.path, 0.0) + size
+            path, size = chunk.artifact.path, self._activations(self._samples(place))
+            sizes[path] = sizes.get(path, 0.0) + size
+            measured = states if place < chunks_compared else bool(task.stream)
+            passes[path] = max(passes.get(path, 0), 1 + measured + smooths)
         return Cost(
             compute=begins * self.beginning()
             + self.epoch(task.ahead)
-            + measures * (measure + self.codes_of_a_state())
-            + smooths * self._pass(self.config.data.samples),
+            + measures * measure
+            + states * self.codes_of_a_state()
+            + smooths * self._pass(samples),
             block=task.block,
             weights=(1 + task.ahead) * self.block_bytes,
             state=previous,
             new_state=task.state.path if task.state else None,
-            reads=tuple(Read(path, size, 1 + measures + smooths) for path, size in sizes.items()),
+            reads=tuple(Read(path, size, passes[path]) for path, size in sizes.items()),
             chunks=len(task.inputs),
             writes=tuple(writes),
-            behind=self._activations(self.config.data.samples) if task.stream else 0.0,
+            behind=self._activations(samples) if task.stream else 0.0,
             last_pass=measure if task.stream else 0.0,
         )
 

@@ -1,8 +1,8 @@
 """Stage `optimize`: one epoch of one block a unit.
 
 Losses are compared only on equal inputs. Under a schedule that renews a block's inputs, that is the last stretch of epochs
-with the same inputs (`Comparison`): there the untrained block and the state after every epoch are measured over all samples,
-and the best of them becomes the result. So a block never ends worse than it began.
+with the same inputs (`Comparison`): there the untrained block and the state after every epoch are measured over the same first
+samples (`COMPARED_SAMPLES`), and the best of them becomes the result. So a block never ends worse than it began.
 
 A block whose training met a number that is not finite keeps the best of those states only if it was measured better than
 round-to-nearest; otherwise it becomes round-to-nearest, which needs no data. Either is flagged by its status.
@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -48,6 +47,8 @@ from pipeline.write_behind import behind
 STATE_FILE = "state.safetensors"
 # Second moments settle quickly; the clipping's start is taken from so many sequences, or the chunks that hold them.
 START_SAMPLES = 16
+# States of a block are compared over so many sequences, or the chunks that hold them: thousands of tokens, the same for each.
+COMPARED_SAMPLES = 16
 
 Comparison = Literal["none", "begins", "goes_on"]
 BlockStatus = Literal["ok", "non_finite", "fallback"]
@@ -61,6 +62,11 @@ def stream_file(chunk: int) -> str:
 def permutation(size: int, *key: object) -> list[int]:
     """A permutation of 0 … size − 1 that depends on the key alone, on every machine."""
     return sorted(range(size), key=lambda i: hashlib.sha256(repr((*key, i)).encode()).digest())
+
+
+def chunks_of(worker: Worker, samples: int) -> int:
+    """How many of the first chunks hold so many sequences."""
+    return -(-samples // worker.config.storage.chunk_samples)
 
 
 def ending(trained: Trained, best: Best, status: BlockStatus) -> dict[str, Any]:
@@ -143,23 +149,23 @@ class TrainTask(DoneByAll):
         method, reconstruction = worker.config.method, trained.reconstruction
         equivalence = reconstruction.equivalence if method.equivalence_start == "smoothquant" else None
         search = method.clipping != "none" and method.clipping_start == "search" and reconstruction.fresh
-        chunks = -(-START_SAMPLES // worker.config.storage.chunk_samples)
+        chunks = chunks_of(worker, START_SAMPLES)
         if search:
-            reconstruction.begin_clipping(islice(self._batches_of_inputs(worker), chunks))
+            reconstruction.begin_clipping(self._batches_of_inputs(worker, chunks))
             trained.grids = reconstruction.grids()
         if equivalence:
             self._smooth(worker, equivalence)
         if equivalence and search:  # of other weights and inputs
-            reconstruction.begin_clipping(islice(self._batches_of_inputs(worker), chunks))
+            reconstruction.begin_clipping(self._batches_of_inputs(worker, chunks))
 
     def _smooth(self, worker: Worker, equivalence: Equivalence) -> None:
         """Start the equivalent transformation from the ranges of its inputs, as SmoothQuant does."""
         block = worker.block(self.block)
         equivalence.start(block, collect_ranges(block, equivalence.pairs, self._batches_of_inputs(worker)))
 
-    def _batches_of_inputs(self, worker: Worker) -> Iterator[tuple[Tensor, Arguments]]:
-        """All inputs in their order, with what the block is called with besides."""
-        for _, inputs, _ in self._pass(worker):
+    def _batches_of_inputs(self, worker: Worker, most: int | None = None) -> Iterator[tuple[Tensor, Arguments]]:
+        """The inputs of the first so many chunks, with what the block is called with besides; None: of all."""
+        for _, inputs, _ in self._pass(worker, most):
             worker.leave_if_asked()
             yield inputs, worker.arguments(self.block, inputs.shape[1])
 
@@ -274,30 +280,37 @@ class TrainTask(DoneByAll):
         stream: Writer | None,
         pause: Callable[[], None],
     ) -> float:
-        """Mean loss of the block as a loader would compute it, over all samples; writes its own outputs to `stream`.
+        """Mean loss of the block as a loader would compute it, over the samples that states are compared by; writes its own
+        outputs for all samples to `stream`, and is infinite where one of these is not finite.
 
         `pause` is called between chunks, and may raise.
         """
         block = as_loaded(worker, self.block, result)
+        compared = chunks_of(worker, COMPARED_SAMPLES)
         error, count = 0.0, 0
         objective = make_method(worker.context).objective
         with behind(stream) if stream else nullcontext() as files:
-            for chunk, inputs, targets in self._pass(worker):
+            for chunk, inputs, targets in self._pass(worker, None if stream else compared):
                 pause()
                 arguments, frozen = worker.arguments(self.block, inputs.shape[1]), self._frozen(worker, inputs.shape[1])
                 outputs = []
                 for some, wanted in zip(at_once(inputs), at_once(targets), strict=True):
                     outputs.append(run_block(block, some, arguments))
-                    losses = objective.losses(outputs[-1], some, wanted, frozen)
-                    error += float(losses.sum(dtype=torch.float64))
-                    count += losses.numel()
+                    if chunk < compared:
+                        losses = objective.losses(outputs[-1], some, wanted, frozen)
+                        error += float(losses.sum(dtype=torch.float64))
+                        count += losses.numel()
+                    elif not outputs[-1].isfinite().all():
+                        error = math.inf
                 if files:
                     write_chunk(files, stream_file(chunk), torch.cat(outputs))
         return error / count if math.isfinite(error) else math.inf
 
-    def _pass(self, worker: Worker) -> Iterator[tuple[int, Tensor, Tensor]]:
-        for chunk in range(len(self.inputs)):
-            inputs, targets = self._chunk(worker, chunk, [n for n in (chunk + 1,) if n < len(self.inputs)])
+    def _pass(self, worker: Worker, most: int | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The first so many chunks; None: all."""
+        chunks = range(len(self.inputs))[:most]
+        for chunk in chunks:
+            inputs, targets = self._chunk(worker, chunk, [n for n in (chunk + 1,) if n in chunks])
             yield chunk, inputs.to(worker.device), targets.to(worker.device)
 
     def _hand_on(
