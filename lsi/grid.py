@@ -127,9 +127,14 @@ PIECE = {"cpu": 1 << 17}
 LARGE_PIECE = 1 << 24
 
 
+def piece_on(device: str) -> int:
+    """How many numbers a piece has on this type of device."""
+    return PIECE.get(device, LARGE_PIECE)
+
+
 def row_pieces(weight: Tensor) -> Iterator[slice]:
-    """Slices over the first dimension, of about `PIECE` numbers each."""
-    rows = max(1, PIECE.get(weight.device.type, LARGE_PIECE) * len(weight) // max(1, weight.numel()))
+    """Slices over the first dimension, of about `piece_on` numbers each."""
+    rows = max(1, piece_on(weight.device.type) * len(weight) // max(1, weight.numel()))
     for start in range(0, len(weight), rows):
         yield slice(start, start + rows)
 

@@ -39,7 +39,8 @@ class Share:
 def steps_of(config: RunConfig) -> list[list[Share]]:
     """The parts of every step's batch, over all epochs, in an order that depends on the seed alone."""
     settings, seed = config.end_to_end, config.optimizer.seed
-    size, samples = config.storage.chunk_samples, config.data.samples
+    size = config.storage.chunk_samples
+    samples = min(config.data.samples, settings.samples or config.data.samples)
     steps: list[list[Share]] = []
     for epoch in range(settings.epochs):
         order: list[tuple[int, int]] = []

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lsi.factors import LARGEST_PART, SMALL
+from lsi.grid import piece_on
 from lsi.scales import TOKENS_AT_ONCE
 from pipeline.artifacts import PIECE
 from pipeline.block_state import steps_per_epoch
@@ -257,7 +258,9 @@ class MemoryPlan(BlockMemory):
         else:
             saved = self.saved_per_token() * length * s.blocks
         one = (4.0 + 2.0 * self.engine.products) * math.prod(s.largest)
-        logits = min(length, TOKENS_AT_ONCE) * s.vocabulary * (6 * 4.0 + 2 * s.itemsize)
+        entries = min(length, TOKENS_AT_ONCE) * s.vocabulary
+        # Two logits and their gradient, and a few rows of the divergence in float32.
+        logits = 3.0 * s.itemsize * entries + 20.0 * min(entries, piece_on(config.compute.device))
         cache = {"activation cache": self.cached()}
         # Its linears are there in the model's dtype until the codes take their places.
         between = {"what entered the blocks": 0.0 if config.end_to_end.resident else saved}

@@ -62,6 +62,19 @@ def test_every_epoch_takes_every_sample_once() -> None:
     assert len(taken) == 22
 
 
+@pytest.mark.parametrize(("samples", "taken"), [(12, 12), (8, 8), (30, 22)])
+def test_an_epoch_may_take_the_first_samples_only(samples: int, taken: int) -> None:
+    tree = {
+        "model": {"source": "m"},
+        "data": {"source": "t", "samples": 22},
+        "storage": {"run": "r", "chunk_samples": 8},
+        "end_to_end": {"epochs": 1, "batch_size": 4, "samples": samples},
+    }
+    steps = steps_of(parse_config(tree))
+    found = sorted(8 * share.chunk + place for step in steps for share in step for place in share.samples)
+    assert found == list(range(taken))
+
+
 def test_it_lowers_the_divergence_and_changes_nothing_but_scales(model: Path, short_text: Path, tmp_path: Path) -> None:
     finished, result = run(config(model, short_text, tmp_path / "run"))
     before, after = blocks(finished, "quantized"), blocks(finished, "scaled")
