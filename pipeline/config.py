@@ -230,7 +230,9 @@ class EndToEndConfig(Section):
     """
 
     epochs: int = Field(0, ge=0, description="passes over the calibration samples; 0: blocks stay as they were trained")
-    samples: int | None = Field(None, ge=1, description="at most so many of the calibration samples, the first ones; null: all")
+    samples: int | None = Field(
+        None, ge=1, description="at most so many of the calibration samples, the first ones; null: all"
+    )
     batch_size: int = Field(4, ge=1, description="sequences a step")
     unit_samples: int = Field(
         4, ge=1, description="sequences of a step that one worker takes at a time; workers share a step"

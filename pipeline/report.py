@@ -228,7 +228,9 @@ def origin(prepared: Prepared) -> list[str]:
         ]
     rows = [f"| schedule | {schedule_words(prepared.config.schedule)} |"]
     if (end := prepared.config.end_to_end).epochs:
-        some = f" of the first {end.samples} samples" if (end.samples or math.inf) < prepared.config.data.samples else ""
+        some = (
+            f" of the first {end.samples} samples" if (end.samples or math.inf) < prepared.config.data.samples else ""
+        )
         rows.append(
             f"| end to end | {end.epochs} epochs{some}, batches of {end.batch_size}, learning rate {end.learning_rate:g} |"
         )
