@@ -6,7 +6,8 @@
 Tools: the presets of configs/presets, `rtn` (round-to-nearest), `gptq` and `awq` (llm-compressor, its defaults), `awq-4`
 (4 points of its search, which has 20), `auto-round` (50 steps of batch 2), `auto-round-default` (200 of batch 8), and
 `full-precision`, which only measures the model itself, once for all settings. Settings:
-w4ch is one scale per output channel, w3g64 one per 64 inputs; asymmetric, or symmetric with -sym.
+w4ch is one scale per output channel, w3g64 one per 64 inputs; asymmetric, or symmetric with -sym; w8a8ch-sym quantizes activations
+too, for our own tools.
 
 One command after another, each in processes of one thread. Its cost is that of all its processes, from their start to the
 saved checkpoint. Perplexity is measured afterwards by `pipeline/perplexity.py` on the model that transformers loads from that
@@ -274,6 +275,11 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints")
     options = parser.parse_args(given)
     options.text = options.text or texts
+    peers = [tool for tool in options.tools if tool in PEERS]
+    if peers and (quantized := [setting.name for setting in options.settings if setting.activation_bits]):
+        parser.error(
+            f"{peers[0]} is run on weights alone, and {quantized[0]} quantizes activations: leave one of them out"
+        )
     if not (options.json or options.table):
         parser.error("say --json FILE to run, or --table FILE to show")
     return options

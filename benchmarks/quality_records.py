@@ -19,25 +19,32 @@ FULL_PRECISION = "full-precision"
 
 @dataclass(frozen=True)
 class Setting:
-    """A grid: bits, input channels that share a scale (None: all), zero point fixed or not."""
+    """A grid: bits, input channels that share a scale (None: all), zero point fixed or not; bits of activations, a scale a token."""
 
     bits: int
     group_size: int | None
     symmetric: bool = False
+    activation_bits: int | None = None
 
     @property
     def name(self) -> str:
-        """Such as w3g64, w4ch, w3ch-sym."""
-        return f"w{self.bits}{f'g{self.group_size}' if self.group_size else 'ch'}{'-sym' * self.symmetric}"
+        """Such as w3g64, w4ch, w3ch-sym, w8a8ch-sym."""
+        activations = f"a{self.activation_bits}" if self.activation_bits else ""
+        group = f"g{self.group_size}" if self.group_size else "ch"
+        return f"w{self.bits}{activations}{group}{'-sym' * self.symmetric}"
 
 
 def parse_setting(text: str) -> Setting:
     """The setting of a name; w4 means w4ch. Raises ValueError."""
-    found = re.fullmatch(r"w([2348])(?:g([1-9]\d*)|ch)?(-sym)?", text)
+    found = re.fullmatch(r"w([23468])(?:a([468]))?(?:g([1-9]\d*)|ch)?(-sym)?", text)
     if not found:
-        raise ValueError(f"setting {text!r}: write bits (2, 3, 4, 8) and group as in w3g64, w4ch or w2g32-sym")
-    bits, group, symmetric = found.groups()
-    return Setting(int(bits), int(group) if group else None, bool(symmetric))
+        raise ValueError(
+            f"setting {text!r}: write bits (2, 3, 4, 6, 8), those of activations (4, 6, 8) if any, and group as in w3g64, w4ch, "
+            "w2g32-sym or w8a8ch-sym"
+        )
+    bits, activations, group, symmetric = found.groups()
+    wanted = int(group) if group else None
+    return Setting(int(bits), wanted, bool(symmetric), int(activations) if activations else None)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -31,6 +31,8 @@ def record(tool: str, seed: int = 0, wikipedia: float = 20.0, **more: Any) -> di
         ("w4", Setting(4, None)),
         ("w2g32-sym", Setting(2, 32, True)),
         ("w3ch-sym", Setting(3, None, True)),
+        ("w8a8ch-sym", Setting(8, None, True, 8)),
+        ("w4a8g32", Setting(4, 32, False, 8)),
     ],
 )
 def test_a_setting_is_read_from_its_name(text: str, setting: Setting) -> None:
@@ -40,8 +42,14 @@ def test_a_setting_is_read_from_its_name(text: str, setting: Setting) -> None:
 
 @pytest.mark.parametrize("text", ["w5", "3g64", "w3g0", "w3g", "w3g64-asym", ""])
 def test_other_names_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="as in w3g64, w4ch or w2g32-sym"):
+    with pytest.raises(ValueError, match="as in w3g64, w4ch, w2g32-sym or w8a8ch-sym"):
         parse_setting(text)
+
+
+def test_peers_are_not_run_with_quantized_activations(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--tools", "fast,gptq", "--settings", "w4,w8a8ch-sym", "--json", "x"])
+    assert "gptq is run on weights alone, and w8a8ch-sym quantizes activations" in capsys.readouterr().err
 
 
 def test_the_first_seed_of_everything_comes_first_and_tools_without_chance_run_once() -> None:
