@@ -44,9 +44,11 @@ from quality_records import (
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lsi.grid import Grid
 from pipeline.config import DataConfig
 from pipeline.data import calibration_tokens, evaluation_tokens
 from pipeline.gguf_import import import_gguf
+from pipeline.packed_format import refusal
 from pipeline.perplexity import model_perplexity, take_windows
 from pipeline.presets import preset_names
 from pipeline.sample_material import MODEL_FILE
@@ -275,6 +277,10 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints")
     options = parser.parse_args(given)
     options.text = options.text or texts
+    for setting in options.settings:
+        activations = Grid(setting.activation_bits, None, symmetric=True) if setting.activation_bits else None
+        if reason := refusal(setting.bits, activations, operands=False):
+            parser.error(f"{setting.name} has no checkpoint to measure: {reason}")
     peers = [tool for tool in options.tools if tool in PEERS]
     if peers and (quantized := [setting.name for setting in options.settings if setting.activation_bits]):
         parser.error(

@@ -178,8 +178,8 @@ def initial_state(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def adam_step(
     state: Mapping[str, Tensor], gradients: Mapping[str, Tensor], rate: float, done: int, total: int
 ) -> dict[str, Tensor]:
-    """AdamW without weight decay on some factors, as a function of what is stored of them: the state after the step that follows
-    `done` of `total` ones, value/NAME, first/NAME, second/NAME."""
+    """AdamW without weight decay on some factors, from what is stored of them: the state after the step that follows
+    `done` of `total` ones, value/NAME, first/NAME, second/NAME. It takes `state` over: its tensors are written to."""
     if not gradients:
         return {}
     values = {name: nn.Parameter(state[f"value/{name}"]) for name in gradients}

@@ -229,7 +229,7 @@ class EndToEndConfig(Section):
     `resident`, one block at a time.
     """
 
-    epochs: int = Field(0, ge=0, description="passes over the calibration samples; 0: blocks stay as they were trained")
+    epochs: int = Field(0, ge=0, description="passes over its samples; 0: blocks stay as they were trained")
     samples: int | None = Field(
         None, ge=1, description="at most so many of the calibration samples, the first ones; null: all"
     )

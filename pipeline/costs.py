@@ -17,6 +17,7 @@ The memory figures are counted from the elementwise operations of `lsi.linear` a
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ from pipeline.evaluate import EvaluateTask
 from pipeline.graph import Inputs, Node
 from pipeline.merge import MergeTask
 from pipeline.optimize import COMPARED_SAMPLES, TrainTask
+from pipeline.worker import Chunk
 
 _FAKE_QUANTIZATION = 160  # ten passes forward and ten backward, each reading and writing four bytes
 _SEARCH = len(SHRINKING) * 22  # ranges that are tried, on pieces that stay in a cache
@@ -68,11 +70,16 @@ class Device:
 
 @dataclass(frozen=True)
 class Read:
-    """One artifact, read `passes` times over by a unit."""
+    """One artifact that a unit reads: the bytes of its first pass, and those of each further one."""
 
     path: str
     size: float
-    passes: int = 1
+    again: tuple[float, ...] = ()
+
+    @property
+    def passes(self) -> tuple[float, ...]:
+        """Bytes of every pass."""
+        return self.size, *self.again
 
 
 @dataclass(frozen=True)
@@ -208,11 +215,13 @@ class Costs:
         smooths = bool(method.equivalence) and method.equivalence_start == "smoothquant" and task.previous is None
         samples = self.config.data.samples
         states = (task.comparison == "begins") + bool(task.stream or compared)
-        # Where there is no stream to write, states are measured over the first samples only.
-        chunks_compared = -(-COMPARED_SAMPLES // self.config.storage.chunk_samples)
-        share = sum(self._samples(place) for place in range(len(task.inputs))[:chunks_compared]) / samples
-        measures = bool(task.stream) + (states - bool(task.stream)) * share
-        measure = (1 + task.ahead + self._own_passes()) * self._pass(samples)
+        # They are measured over the first chunks; with a stream to write, one of them runs over the others as well.
+        first = -(-COMPARED_SAMPLES // self.config.storage.chunk_samples)
+        share = sum(self._samples(place) for place in range(len(task.inputs))[:first]) / samples
+        forward = self._pass(samples)
+        losses = (1 + task.ahead + self._own_passes()) * share * forward
+        streaming = losses + (1 - share) * forward if task.stream else 0.0
+        measuring = (states - bool(task.stream)) * losses + streaming
         writes: list[tuple[str, float]] = []
         if task.stream:
             writes.append((task.stream.path, self._activations(samples)))
@@ -225,30 +234,39 @@ class Costs:
             writes.append((f"factors/{task.block}", factors))
         before = compared and task.comparison != "begins"
         previous = Read(task.previous.path, self.state_bytes(before)) if task.previous else None
-        chunks = [*enumerate(task.inputs), *enumerate(task.targets)]
-        sizes: dict[str, float] = {}
-        passes: dict[str, int] = {}
-        for place, chunk in chunks:
-            path, size = chunk.artifact.path, self._activations(self._samples(place))
-            sizes[path] = sizes.get(path, 0.0) + size
-            measured = states if place < chunks_compared else bool(task.stream)
-            passes[path] = max(passes.get(path, 0), 1 + measured + smooths)
+        inputs, targets = ([*enumerate(chunks)] for chunks in (task.inputs, task.targets))
+        reads = [
+            *self._reads(
+                inputs, [len(inputs)] * (smooths + bool(task.stream)) + [first] * (states - bool(task.stream))
+            ),
+            *self._reads(targets, [first] * states),
+        ]
         return Cost(
             compute=begins * self.beginning()
             + self.epoch(task.ahead)
-            + measures * measure
+            + measuring
             + states * self.codes_of_a_state()
-            + smooths * self._pass(samples),
+            + smooths * forward,
             block=task.block,
             weights=(1 + task.ahead) * self.block_bytes,
             state=previous,
             new_state=task.state.path if task.state else None,
-            reads=tuple(Read(path, size, passes[path]) for path, size in sizes.items()),
+            reads=tuple(reads),
             chunks=len(task.inputs),
             writes=tuple(writes),
             behind=self._activations(samples) if task.stream else 0.0,
-            last_pass=measure if task.stream else 0.0,
+            last_pass=streaming,
         )
+
+    def _reads(self, chunks: list[tuple[int, Chunk]], again: list[int]) -> Iterator[Read]:
+        """Of chunks, by the artifact that holds them: all of them once, and in each further pass so many of the first ones."""
+        for path in dict.fromkeys(chunk.artifact.path for _, chunk in chunks):
+            places = [place for place, chunk in chunks if chunk.artifact.path == path]
+            size, *more = (
+                sum(self._activations(self._samples(place)) for place in places if place < stop)
+                for stop in (len(chunks), *again)
+            )
+            yield Read(path, size, tuple(more))
 
     def state_bytes(self, compared: bool) -> float:
         """Value and AdamW's two moments in float32; with the best result so far where losses are compared."""

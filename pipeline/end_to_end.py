@@ -4,8 +4,8 @@ A step is many units: each sums the gradient over some sequences (`GradientTask`
 (`UpdateTask`). So the workers share a step, the sums do not depend on how many there are, and a lost worker costs a few sequences.
 Codes and zero points stay.
 
-At the end the divergence is measured once more over the sequences of the first step, whose gradients have told it of the scales
-that the blocks ended with: the scales are kept if it has become less (`ScaledTask`).
+The divergence is measured over the same first sequences (`COMPARED_SAMPLES`) with the scales that the blocks ended with and
+with the last step's: these are kept if it has become less (`ScaledTask`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from pipeline.optimize import permutation
 from pipeline.student import Student, block_file
 from pipeline.worker import Chunk, Worker
 
+# The scales before and after are compared over so many of the stage's sequences.
+COMPARED_SAMPLES = 8
+
 EndStatus = Literal["ok", "non_finite"]
 
 
@@ -36,11 +39,23 @@ class Share:
     samples: tuple[int, ...]
 
 
+def samples_of(config: RunConfig) -> int:
+    """How many of the calibration samples the stage takes, the first ones."""
+    return min(config.data.samples, config.end_to_end.samples or config.data.samples)
+
+
+def compared_of(config: RunConfig) -> list[Share]:
+    """The sequences that the scales are compared by, in units like a step's."""
+    places = [
+        divmod(sample, config.storage.chunk_samples) for sample in range(min(COMPARED_SAMPLES, samples_of(config)))
+    ]
+    return list(_parts(places, config.end_to_end.unit_samples))
+
+
 def steps_of(config: RunConfig) -> list[list[Share]]:
     """The parts of every step's batch, over all epochs, in an order that depends on the seed alone."""
     settings, seed = config.end_to_end, config.optimizer.seed
-    size = config.storage.chunk_samples
-    samples = min(config.data.samples, settings.samples or config.data.samples)
+    size, samples = config.storage.chunk_samples, samples_of(config)
     steps: list[list[Share]] = []
     for epoch in range(settings.epochs):
         order: list[tuple[int, int]] = []

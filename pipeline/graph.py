@@ -17,7 +17,7 @@ from pipeline.block_state import learning_rates
 from pipeline.capture import CHUNK_FILE, CaptureTask, EmbedTask
 from pipeline.config import RunConfig, ScheduleConfig
 from pipeline.data_free import RoundTask, StreamTask
-from pipeline.end_to_end import GradientTask, ScaledTask, Share, UpdateTask, steps_of
+from pipeline.end_to_end import GradientTask, ScaledTask, Share, UpdateTask, compared_of, steps_of
 from pipeline.evaluate import EvaluateTask, Variant
 from pipeline.merge import MergeTask
 from pipeline.optimize import Comparison, TrainTask, stream_file
@@ -332,16 +332,16 @@ class Builder:
             weights=[*self.inputs.block_digests, self.inputs.outer_digest],
         )
         scales: Artifact | None = None
-        before: tuple[Artifact, ...] = ()
+        compared = compared_of(self.config)
+        before = self._gradients(key, "before", -1, compared, None, backward=False)
         for step, shares in enumerate(steps):
             gradients = self._gradients(key, f"step-{step:04d}", step, shares, scales)
-            before = before or gradients
             previous, scales = scales, Artifact("scales", f"step-{step:04d}", key)
             task = UpdateTask(step, len(steps), self.inputs.blocks, gradients, previous, scales)
             reads = (*gradients, *((previous,) if previous else ()))
             self._add_end(f"step-{step:04d}/update", task, reads, scales, (step, 1), 0)
         assert scales is not None
-        after = self._gradients(key, "after", len(steps), steps[0], scales, backward=False)
+        after = self._gradients(key, "after", len(steps), compared, scales, backward=False)
         made = []
         for block, result in enumerate(results):
             out = Artifact("scaled", f"block-{block:03d}", key)

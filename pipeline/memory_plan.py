@@ -260,7 +260,7 @@ class MemoryPlan(BlockMemory):
         one = (4.0 + 2.0 * self.engine.products) * math.prod(s.largest)
         entries = min(length, TOKENS_AT_ONCE) * s.vocabulary
         # Two logits and their gradient, and a few rows of the divergence in float32.
-        logits = 3.0 * s.itemsize * entries + 20.0 * min(entries, piece_on(config.compute.device))
+        logits = 3.0 * s.itemsize * entries + 20.0 * min(entries, max(s.vocabulary, piece_on(self.engine.device)))
         cache = {"activation cache": self.cached()}
         # Its linears are there in the model's dtype until the codes take their places.
         between = {"what entered the blocks": 0.0 if config.end_to_end.resident else saved}

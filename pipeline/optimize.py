@@ -2,7 +2,7 @@
 
 Losses are compared only on equal inputs. Under a schedule that renews a block's inputs, that is the last stretch of epochs
 with the same inputs (`Comparison`): there the untrained block and the state after every epoch are measured over the same first
-samples (`COMPARED_SAMPLES`), and the best of them becomes the result. So a block never ends worse than it began.
+samples (`COMPARED_SAMPLES`), and the best of them becomes the result. So a block never ends worse than it began, on these.
 
 A block whose training met a number that is not finite keeps the best of those states only if it was measured better than
 round-to-nearest; otherwise it becomes round-to-nearest, which needs no data. Either is flagged by its status.
@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lsi.block import at_once, round_block, run_block
+from lsi.block import at_once, outputs_of, round_block, run_block
 from lsi.equivalence import Equivalence, collect_ranges
 from lsi.objective import Call, Frozen
 from pipeline.artifacts import Artifact, Writer, intact, read_record, read_tensors
@@ -46,7 +46,7 @@ from pipeline.write_behind import behind
 
 STATE_FILE = "state.safetensors"
 # Second moments settle quickly; the clipping's start is taken from so many sequences, or the chunks that hold them.
-START_SAMPLES = 16
+START_SAMPLES = 8
 # States of a block are compared over so many sequences, or the chunks that hold them: thousands of tokens, the same for each.
 COMPARED_SAMPLES = 16
 
@@ -165,8 +165,9 @@ class TrainTask(DoneByAll):
 
     def _batches_of_inputs(self, worker: Worker, most: int | None = None) -> Iterator[tuple[Tensor, Arguments]]:
         """The inputs of the first so many chunks, with what the block is called with besides; None: of all."""
-        for _, inputs, _ in self._pass(worker, most):
+        for chunk in range(len(self.inputs))[:most]:
             worker.leave_if_asked()
+            inputs = self._inputs(worker, chunk)
             yield inputs, worker.arguments(self.block, inputs.shape[1])
 
     def _take_up(self, worker: Worker) -> tuple[Trained, Best | None, list[dict[str, Any]]]:
@@ -290,20 +291,25 @@ class TrainTask(DoneByAll):
         error, count = 0.0, 0
         objective = make_method(worker.context).objective
         with behind(stream) if stream else nullcontext() as files:
-            for chunk, inputs, targets in self._pass(worker, None if stream else compared):
+            for chunk, inputs, targets in self._pass(worker, compared):
                 pause()
                 arguments, frozen = worker.arguments(self.block, inputs.shape[1]), self._frozen(worker, inputs.shape[1])
                 outputs = []
                 for some, wanted in zip(at_once(inputs), at_once(targets), strict=True):
                     outputs.append(run_block(block, some, arguments))
-                    if chunk < compared:
-                        losses = objective.losses(outputs[-1], some, wanted, frozen)
-                        error += float(losses.sum(dtype=torch.float64))
-                        count += losses.numel()
-                    elif not outputs[-1].isfinite().all():
-                        error = math.inf
+                    losses = objective.losses(outputs[-1], some, wanted, frozen)
+                    error += float(losses.sum(dtype=torch.float64))
+                    count += losses.numel()
                 if files:
                     write_chunk(files, stream_file(chunk), torch.cat(outputs))
+            for chunk in range(compared, len(self.inputs)):
+                if files is None:
+                    break
+                pause()
+                inputs = self._inputs(worker, chunk)
+                leaving = outputs_of(block, inputs, worker.arguments(self.block, inputs.shape[1]))
+                error = error if leaving.isfinite().all() else math.inf
+                write_chunk(files, stream_file(chunk), leaving)
         return error / count if math.isfinite(error) else math.inf
 
     def _pass(self, worker: Worker, most: int | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -312,6 +318,11 @@ class TrainTask(DoneByAll):
         for chunk in chunks:
             inputs, targets = self._chunk(worker, chunk, [n for n in (chunk + 1,) if n in chunks])
             yield chunk, inputs.to(worker.device), targets.to(worker.device)
+
+    def _inputs(self, worker: Worker, chunk: int) -> Tensor:
+        """Of a chunk, where its targets are not asked for; the next one's begin to arrive meanwhile."""
+        worker.chunks.prefetch(self.inputs[chunk : chunk + 2])
+        return worker.chunks.get(self.inputs[chunk]).to(worker.device)
 
     def _hand_on(
         self, worker: Worker, trained: Trained, best: Best | None, history: list[dict[str, Any]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from pipeline.config import RunConfig
@@ -118,10 +119,9 @@ def traffic(found: Outline) -> dict[str, dict[str, float]]:
 
 def read_bytes(cost: Cost, cache: float) -> float:
     """What a unit reads whose worker holds nothing of it."""
-    once = sum(read.size for read in cost.reads)
-    passes = max((read.passes for read in cost.reads), default=1)
+    passes = [sum(sizes) for sizes in zip_longest(*(read.passes for read in cost.reads), fillvalue=0.0)]
     state = cost.state.size if cost.state else 0.0
-    return cost.weights + state + once + (passes - 1) * max(0.0, once - cache)
+    return cost.weights + state + sum(passes[:1]) + sum(max(0.0, size - cache) for size in passes[1:])
 
 
 def duration(

@@ -103,10 +103,12 @@ class _Seat:
             wanted = {read.path for read in cost.reads}
             self.kept = {path: size for path, size in self.kept.items() if path in wanted}
         room = cache - sum(self.kept.values())
-        passes = [0.0] * max((read.passes for read in cost.reads), default=0)
+        passes = [0.0] * max((len(read.passes) for read in cost.reads), default=0)
         for number in range(len(passes)):
             for read in cost.reads:
-                if number < read.passes and (missing := read.size - self.kept.get(read.path, 0.0)) > 0:
+                if number >= len(read.passes):
+                    continue
+                if (missing := read.passes[number] - self.kept.get(read.path, 0.0)) > 0:
                     passes[number] += missing
                     kept = min(missing, room)
                     self.kept[read.path] = self.kept.get(read.path, 0.0) + kept

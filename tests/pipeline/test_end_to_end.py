@@ -15,7 +15,7 @@ from pipeline.block_state import WEIGHTS_FILE, BlockResult
 from pipeline.cli import only_merge
 from pipeline.config import RunConfig, parse_config
 from pipeline.driver import StoppedError
-from pipeline.end_to_end import steps_of
+from pipeline.end_to_end import compared_of, steps_of
 from pipeline.errors import UserError
 from pipeline.faults import StorageError
 from pipeline.report import artifacts_of, end_flag
@@ -73,6 +73,19 @@ def test_an_epoch_may_take_the_first_samples_only(samples: int, taken: int) -> N
     steps = steps_of(parse_config(tree))
     found = sorted(8 * share.chunk + place for step in steps for share in step for place in share.samples)
     assert found == list(range(taken))
+
+
+@pytest.mark.parametrize(("samples", "compared"), [(3, 3), (20, 8)])
+def test_scales_are_compared_by_the_first_samples_whatever_the_batches(samples: int, compared: int) -> None:
+    tree = {
+        "model": {"source": "m"},
+        "data": {"source": "t", "samples": 22},
+        "storage": {"run": "r", "chunk_samples": 6},
+        "end_to_end": {"epochs": 1, "batch_size": 1, "samples": samples},
+    }
+    shares = compared_of(parse_config(tree))
+    assert [6 * share.chunk + place for share in shares for place in share.samples] == list(range(compared))
+    assert max(len(share.samples) for share in shares) <= 4
 
 
 def test_it_lowers_the_divergence_and_changes_nothing_but_scales(model: Path, short_text: Path, tmp_path: Path) -> None:
@@ -148,7 +161,7 @@ def test_a_loss_that_is_not_finite_stops_the_steps_and_says_so(
     calls = [0]
 
     def broken(*arguments: Any, **more: Any) -> Any:
-        calls[0] += 1
+        calls[0] += more["backward"]
         total, gradient = plain(*arguments, **more)
         return (float("nan") if calls[0] == 8 else total), gradient  # in the second step
 

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from cluster.group import ShouldYield, stay
 from cluster.units import YieldUnit
 from lsi.block import run_block
 from lsi.objective import token_losses
+from pipeline import optimize
 from pipeline.artifacts import read_record, read_tensors
 from pipeline.block_state import WEIGHTS_FILE, BlockResult
 from pipeline.capture import CHUNK_FILE
@@ -91,8 +93,12 @@ def test_a_loss_that_is_asked_for_is_taken(config: Make, plain: Finished, method
         assert block["loss"] < block["initial_loss"]
 
 
-def test_the_losses_reported_are_those_of_the_objective_and_the_stream_is_the_blocks_own(config: Make) -> None:
-    """Block 0 of a run that keeps its activations, run again from its artifacts."""
+@pytest.mark.parametrize("compared", [4, 16])
+def test_the_losses_reported_are_those_of_the_objective_and_the_stream_is_the_blocks_own(
+    config: Make, monkeypatch: pytest.MonkeyPatch, compared: int
+) -> None:
+    """Block 0 of a run that keeps its activations, run again from its artifacts. Losses are of the first chunk's 4 samples, or of all 6."""
+    monkeypatch.setattr(optimize, "COMPARED_SAMPLES", compared)
     method = {"increment": "dense", "look_ahead": 1, "quantized_stream_loss": 0.5, "loss": "mse", "first_token": 0}
     finished, _ = run(config(schedule={"kind": "sequential"}, method=method, storage={"keep_activations": True}))
     worker = Worker(finished.prepared.context, "w", stay)
@@ -109,12 +115,24 @@ def test_the_losses_reported_are_those_of_the_objective_and_the_stream_is_the_bl
             ahead = run_block(following, output, worker.arguments(1, 16))
             own = run_block(plain, inputs, worker.arguments(0, 16))
             further = read_tensors(worker.store, target.artifact, CHUNK_FILE)["hidden"]
-            losses.append(token_losses(ahead, further, "mse") + 0.5 * token_losses(output, own, "mse"))
+            if 4 * place < compared:
+                losses.append(token_losses(ahead, further, "mse") + 0.5 * token_losses(output, own, "mse"))
             stream = read_tensors(worker.store, task.stream, f"chunk-{place:05d}.safetensors")["hidden"]
             assert torch.equal(stream, output)
     record = read_record(worker.store, artifacts_of(finished, "quantized")[0])
     assert record is not None
     assert record.meta["loss"] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
+
+
+def test_a_stream_that_is_not_finite_is_no_better_state(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is not among the samples that states are compared by."""
+    monkeypatch.setattr(optimize, "COMPARED_SAMPLES", 4)
+    monkeypatch.setattr(optimize, "outputs_of", lambda block, hidden, arguments: hidden * math.nan)
+    finished, _ = run(config(schedule={"kind": "sequential"}, method={"increment": "dense"}))
+    record = read_record(finished.prepared.store, artifacts_of(finished, "quantized")[0])
+    assert record is not None
+    assert [epoch["loss"] is None for epoch in record.meta["history"]] == [False, True]
+    assert record.meta["kept"] == "epoch 0"
 
 
 def leave_at(question: int) -> ShouldYield:
@@ -198,3 +216,23 @@ def test_costs_count_the_blocks_that_a_loss_passes() -> None:
     further = compute(look_ahead=2)
     assert [further[f"optimize/{block:03d}/000"] for block in (1, 2, 3)] == [(13.0, 3.0), (9.0, 2.0), (5.0, 1.0)]
     assert compute(quantized_stream_loss=1.0)["optimize/001/000"] == (8.0, 1.0)
+
+
+def test_costs_count_what_states_are_compared_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 of 6 samples, in chunks of 4: in the first epoch two states on these, in the second one on all as its stream is written."""
+    monkeypatch.setattr("pipeline.costs.COMPARED_SAMPLES", 4)
+    given = tiny_config("m", "t", "r", schedule={"kind": "sequential"}, method={"increment": "none", "look_ahead": 1})
+    inputs = placeholder_inputs(given, 4, [("model.safetensors", (), tuple(range(4)))])
+    costs = Costs(inputs, Shape(4, 64, ((64, 64),), 64, 1000), Device(1.0), 0.0)
+    found = {node.name: costs.of(node) for node in build_graph(inputs).nodes}
+    first, last = (found[f"optimize/001/00{epoch}"] for epoch in range(2))
+    unit = 6 * 16 * 2.0 * (64 * 64 + 16 * 64)
+    assert first.compute / unit == pytest.approx(5 + 2 * 2 * 4 / 6)
+    assert last.compute / unit == pytest.approx(5 + 2 * 4 / 6 + 2 / 6)
+    sample = 16 * 64 * 4 / 2
+    stream, *targets = first.reads
+    assert [size / sample for size in stream.passes] == [6, 4, 4]
+    assert [[size / sample for size in read.passes] for read in targets] == [[4, 4, 4], [2, 0, 0]]
+    stream, *targets = last.reads
+    assert [size / sample for size in stream.passes] == [6, 6]
+    assert [[size / sample for size in read.passes] for read in targets] == [[4, 4], [2, 0]]

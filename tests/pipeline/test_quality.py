@@ -52,6 +52,12 @@ def test_peers_are_not_run_with_quantized_activations(capsys: pytest.CaptureFixt
     assert "gptq is run on weights alone, and w8a8ch-sym quantizes activations" in capsys.readouterr().err
 
 
+def test_settings_without_a_checkpoint_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--tools", "fast", "--settings", "w6a6ch-sym", "--json", "x"])
+    assert "w6a6ch-sym has no checkpoint to measure: W6A6 is served by no engine" in capsys.readouterr().err
+
+
 def test_the_first_seed_of_everything_comes_first_and_tools_without_chance_run_once() -> None:
     options = parse(["--tools", "fast,gptq,full-precision", "--settings", "w3g64,w4", "--seeds", "2", "--json", "x"])
     fine, coarse = Setting(3, 64), Setting(4, None)
