@@ -144,7 +144,7 @@ def finetune(
 
     CHECKPOINT is weight-only and integer, in compressed-tensors pack-quantized
     form: what `lsi quantize` publishes, round-to-nearest among it, or
-    llm-compressor's (GPTQ with actorder weight or none). No full-precision
+    llm-compressor's (GPTQ with actorder none, weight or static). No full-precision
     model is needed.
 
     CONFIG has data (the text), finetune.blocks (how many of the last blocks,

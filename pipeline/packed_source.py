@@ -23,7 +23,7 @@ Index = dict[str, tuple[str, TensorEntry]]
 PACKED, SCALE, SHAPE, ZERO = ".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point"
 TAKES = (
     "lsi finetune takes weight-only integer checkpoints in compressed-tensors pack-quantized form, one grid for all linears, "
-    "without activation order: those of `lsi quantize`, and llm-compressor's (GPTQ with actorder weight or none)"
+    "without activation order: those of `lsi quantize`, and llm-compressor's (GPTQ with actorder none, weight or static)"
 )
 
 
