@@ -215,6 +215,17 @@ def test_the_whole_model_at_the_end_is_a_byte_a_weight_and_a_block_at_a_time_is_
     choose(seventy, changed(config, {"end_to_end": {"resident": False}}), Limits(memory=64 * GIB))
 
 
+@pytest.mark.parametrize(("device", "rows"), [("cpu", 2**18), ("cuda", 2**24)])
+def test_the_heads_pass_counts_logits_and_the_rows_of_its_device(device: Any, rows: int) -> None:
+    """Of a vocabulary so large that it is the fullest moment, and a row of it more than a CPU's piece; the config says nothing of a device."""
+    narrow: dict[str, Any] = {"hidden": 128, "attention": 128, "keys": 128, "intermediate": 128, "largest_outer": 2**24}
+    shape = replace(SEVENTY, blocks=1, linears=((128, 128),) * 4, rest=128, vocabulary=2**18, outer=2**24, **narrow)
+    config = changed(large(), {"end_to_end": {"epochs": 1}})
+    peaks = MemoryPlan(shape, config, present_engine(config, device)).units()["end_to_end"]
+    found = peaks.device if device == "cuda" else peaks.host
+    assert found.terms["logits"] == 3 * shape.itemsize * 256 * 2**18 + 20 * rows
+
+
 def test_a_gpu_holds_the_block_and_the_host_does_not() -> None:
     found = choose(SEVENTY, large(), Limits(gpu_memory=80 * GIB), "cuda")
     host, device = worker_peak(found.units, "host")[1], worker_peak(found.units, "device")[1]
