@@ -1,4 +1,7 @@
-"""Which run a directory belongs to: the recipe, the versions and the weights, checked before anything is added to it."""
+"""Which run a directory belongs to: the recipe, the versions and the weights, checked before anything is added to it.
+
+No block depends on the last stage, so that a directory may see several of those, one after another (`END_FILE`).
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,8 @@ from pipeline.store import Store
 
 RUN_FILE = "run.json"
 MODEL_FILE = "model.json"
+# The last stage's section of the last driver's configuration, where it is not the first one's.
+END_FILE = "end_to_end.json"
 
 
 def package_version(name: str) -> str:
@@ -91,12 +96,17 @@ def run_identity(config: RunConfig, resolved: Resolved) -> dict[str, Any]:
     }
 
 
+def _of_blocks(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity without what no block depends on."""
+    return identity | {"recipe": {key: value for key, value in identity["recipe"].items() if key != "end_to_end"}}
+
+
 def check_claim(store: Store, config: RunConfig, resolved: Resolved) -> None:
     """Refuse a run directory that belongs to another run, naming every key that differs."""
     recorded = read_json(store, RUN_FILE)
     if recorded is None:
         return
-    differing = differing_keys(run_identity(config, resolved), recorded.get("identity"))
+    differing = differing_keys(_of_blocks(run_identity(config, resolved)), _of_blocks(recorded["identity"]))
     if differing:
         raise UserError(
             f"{store.url} belongs to another run: {'; '.join(d.removeprefix('recipe.') for d in differing)}. "
@@ -117,12 +127,25 @@ def claim(store: Store, config: RunConfig, resolved: Resolved) -> None:
     store.put(RUN_FILE, json.dumps(record, indent=1, sort_keys=True).encode())
 
 
-def recorded_config(store: Store, options: dict[str, Any]) -> RunConfig:
-    """The configuration that a run directory was made with. Raises UserError if it is none."""
+def record_end(store: Store, config: RunConfig) -> None:
+    """Let the directory tell of this last stage from now on. The driver's to call, who holds the lease."""
+    present = config.end_to_end.model_dump(mode="json")
+    if present != recorded_tree(store)["end_to_end"]:
+        store.put(END_FILE, json.dumps(present, indent=1, sort_keys=True).encode())
+
+
+def recorded_tree(store: Store) -> dict[str, Any]:
+    """The configuration that a run directory was made with, and the last stage that it saw last. Raises UserError if it is none."""
     recorded = read_json(store, RUN_FILE)
     if recorded is None:
         raise UserError(f"{store.url}: no run here (no {RUN_FILE}); give the directory that storage.run names")
-    tree = recorded["config"]
+    tree: dict[str, Any] = recorded["config"]
+    return tree | {"end_to_end": read_json(store, END_FILE) or tree["end_to_end"]}
+
+
+def recorded_config(store: Store, options: dict[str, Any]) -> RunConfig:
+    """`recorded_tree`, checked, with the storage options that are not recorded."""
+    tree = recorded_tree(store)
     tree["storage"]["options"] = options
     return parse_config(tree, store.describe(RUN_FILE))
 

@@ -29,7 +29,7 @@ from pipeline.estimate import human_bytes
 from pipeline.finetune_merge import copied_shards, packed_owners
 from pipeline.finetune_plan import build_finetune, trained_linears
 from pipeline.graph import KINDS, TRAIN, Graph, Inputs, build_graph
-from pipeline.identity import check_claim, package_version, packages_of
+from pipeline.identity import check_claim, package_version, packages_of, record_end
 from pipeline.lease import hold
 from pipeline.merge import plan_shards, scheme_layout, shards_with_blocks, unpublished, withdraw
 from pipeline.packed_source import PackedSource
@@ -171,6 +171,7 @@ def leased(prepared: Prepared, report: Reporter) -> Iterator[None]:
         try:
             # Another configuration may have claimed the directory since it was looked at.
             check_claim(prepared.store, prepared.config, plain.resolved)
+            record_end(prepared.store, prepared.config)
             sweep(prepared, report)
             try:
                 yield

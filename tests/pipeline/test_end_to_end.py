@@ -18,6 +18,7 @@ from pipeline.driver import StoppedError
 from pipeline.end_to_end import compared_of, steps_of
 from pipeline.errors import UserError
 from pipeline.faults import StorageError
+from pipeline.identity import recorded_config
 from pipeline.report import artifacts_of, end_flag
 from pipeline.run import Finished
 from pipeline.status import read_status
@@ -245,3 +246,34 @@ def test_a_fine_tune_refuses_it(tmp_path: Path) -> None:
     }
     with pytest.raises(UserError, match=r"end_to_end\.epochs 1 means nothing for a fine-tune"):
         check_settings(parse_config(tree))
+
+
+def test_another_last_stage_begins_from_the_same_blocks(model: Path, short_text: Path, tmp_path: Path) -> None:
+    """In the same directory, to another checkpoint; and back again."""
+    longer = {**END, "epochs": 3}
+    fresh, _ = run(config(model, short_text, tmp_path / "fresh", end_to_end=longer))
+    first, _ = run(config(model, short_text, tmp_path / "run"))
+    hashes = checkpoint_hashes(first.prepared.checkpoint)
+    with pytest.raises(UserError, match=r"holds another checkpoint already; choose another outputs\.checkpoint"):
+        run(config(model, short_text, tmp_path / "run", end_to_end=longer))
+    elsewhere = {"checkpoint": str(tmp_path / "longer")}
+    report = Silent()
+    second, _ = run(config(model, short_text, tmp_path / "run", end_to_end=longer, outputs=elsewhere), report)
+    assert not [unit for unit in report.units if unit.startswith("optimize")]
+    assert sum(unit.endswith("update") for unit in report.units) == 3
+    made = checkpoint_hashes(second.prepared.checkpoint)
+    assert {name for name, hash in made.items() if hash != hashes.get(name)}
+    assert made == checkpoint_hashes(fresh.prepared.checkpoint)
+    assert checkpoint_hashes(first.prepared.checkpoint) == hashes
+    store = open_store(str(tmp_path / "run"))
+    assert recorded_config(store, {}).end_to_end.epochs == 3
+    assert read_status(store)["end_to_end"]["steps"] == 3
+    again, _ = run(config(model, short_text, tmp_path / "run"))
+    assert checkpoint_hashes(again.prepared.checkpoint) == hashes
+    assert recorded_config(store, {}).end_to_end.epochs == 2
+
+
+def test_another_recipe_of_blocks_is_another_run(model: Path, short_text: Path, tmp_path: Path) -> None:
+    run(config(model, short_text, tmp_path / "run", evaluation={"texts": {}}))
+    with pytest.raises(UserError, match=r"belongs to another run: optimizer\.seed: 0 there, 1 here"):
+        run(config(model, short_text, tmp_path / "run", optimizer={"seed": 1}))
