@@ -26,7 +26,7 @@ from pipeline.student import Student, block_file
 from pipeline.worker import Chunk, Worker
 
 # The scales before and after are compared over so many of the stage's sequences.
-COMPARED_SAMPLES = 8
+COMPARED_SAMPLES = 4
 
 EndStatus = Literal["ok", "non_finite"]
 
