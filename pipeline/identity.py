@@ -140,7 +140,7 @@ def recorded_tree(store: Store) -> dict[str, Any]:
     if recorded is None:
         raise UserError(f"{store.url}: no run here (no {RUN_FILE}); give the directory that storage.run names")
     tree: dict[str, Any] = recorded["config"]
-    return tree | {"end_to_end": read_json(store, END_FILE) or tree["end_to_end"]}
+    return tree | {"end_to_end": read_json(store, END_FILE) or tree.get("end_to_end", {})}
 
 
 def recorded_config(store: Store, options: dict[str, Any]) -> RunConfig:
