@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lsi.block import Hidden, at_once, run_block, watched_inputs
+from lsi.block import Hidden, run_block, watched_inputs
 from lsi.linear import QuantizedLinear
 from lsi.objective import products_in
 
@@ -59,6 +59,5 @@ def collect_moments(
     watchers = [(linear, partial(add, name)) for name, linear in linears.items()]
     with in_full_precision(linears.values()), watched_inputs(watchers):
         for inputs, arguments in batches:
-            for piece in at_once(inputs.float()):
-                run(partial(forward, piece, arguments))
+            run(partial(forward, inputs.float(), arguments))
     return moments

@@ -98,7 +98,7 @@ def test_clipping_without_data_leaves_no_group_farther_than_round_to_nearest(bit
     for quantized in (clip_to_weights(weight, grid, torch.bfloat16), round_to_nearest(weight, grid, torch.bfloat16)):
         errors.append((quantized.dequantize() - weight).square().view(24, 4, 16).sum(-1))
     assert bool((errors[0] <= errors[1]).all())
-    assert errors[0].sum() < 0.97 * errors[1].sum()
+    assert errors[0].sum() < 0.98 * errors[1].sum()
 
 
 def test_group_sizes() -> None:

@@ -86,7 +86,7 @@ def test_weights_are_read_once_by_the_worker_that_holds_their_block() -> None:
 
 
 def test_the_cache_keeps_the_first_bytes_from_one_pass_to_the_next() -> None:
-    cost = {"a": Cost(reads=(Read("x", 40.0, passes=3),), chunks=4)}
+    cost = {"a": Cost(reads=(Read("x", 40.0, again=(40.0, 40.0)),), chunks=4)}
     network = Network(link=10.0, store=10.0, handling=0.0, cache=10.0)
     assert play([node("a")], cost, 1, network).read == 40.0 + 30.0 + 30.0
 
