@@ -44,8 +44,7 @@ from quality_records import (
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lsi.grid import Grid
-from pipeline.config import DataConfig
+from pipeline.config import DataConfig, SchemeConfig
 from pipeline.data import calibration_tokens, evaluation_tokens
 from pipeline.gguf_import import import_gguf
 from pipeline.packed_format import refusal
@@ -278,8 +277,8 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(given)
     options.text = options.text or texts
     for setting in options.settings:
-        activations = Grid(setting.activation_bits, None, symmetric=True) if setting.activation_bits else None
-        if reason := refusal(setting.bits, activations, operands=False):
+        scheme = SchemeConfig(**asdict(setting))
+        if reason := refusal(scheme.bits, scheme.activation_grid, operands=scheme.quantize_qkv):
             parser.error(f"{setting.name} has no checkpoint to measure: {reason}")
     peers = [tool for tool in options.tools if tool in PEERS]
     if peers and (quantized := [setting.name for setting in options.settings if setting.activation_bits]):

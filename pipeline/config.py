@@ -397,6 +397,10 @@ class StorageConfig(Section):
     )
     keep_activations: bool = Field(False, description="do not delete activations after their last reader")
 
+    def chunks_of(self, samples: int) -> int:
+        """How many of the first activation objects hold so many sequences."""
+        return -(-samples // self.chunk_samples)
+
 
 class OutputConfig(Section):
     checkpoint: str | None = Field(None, description="where the packed checkpoint goes; null: RUN/checkpoint")

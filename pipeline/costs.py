@@ -216,7 +216,7 @@ class Costs:
         samples = self.config.data.samples
         states = (task.comparison == "begins") + bool(task.stream or compared)
         # They are measured over the first chunks; with a stream to write, one of them runs over the others as well.
-        first = -(-COMPARED_SAMPLES // self.config.storage.chunk_samples)
+        first = self.config.storage.chunks_of(COMPARED_SAMPLES)
         share = sum(self._samples(place) for place in range(len(task.inputs))[:first]) / samples
         forward = self._pass(samples)
         losses = (1 + task.ahead + self._own_passes()) * share * forward
@@ -234,13 +234,9 @@ class Costs:
             writes.append((f"factors/{task.block}", factors))
         before = compared and task.comparison != "begins"
         previous = Read(task.previous.path, self.state_bytes(before)) if task.previous else None
-        inputs, targets = ([*enumerate(chunks)] for chunks in (task.inputs, task.targets))
-        reads = [
-            *self._reads(
-                inputs, [len(inputs)] * (smooths + bool(task.stream)) + [first] * (states - bool(task.stream))
-            ),
-            *self._reads(targets, [first] * states),
-        ]
+        whole = smooths + bool(task.stream)
+        again = [len(task.inputs)] * whole + [first] * (states - bool(task.stream))
+        reads = (*self._reads(task.inputs, again), *self._reads(task.targets, [first] * states))
         return Cost(
             compute=begins * self.beginning()
             + self.epoch(task.ahead)
@@ -251,17 +247,17 @@ class Costs:
             weights=(1 + task.ahead) * self.block_bytes,
             state=previous,
             new_state=task.state.path if task.state else None,
-            reads=tuple(reads),
+            reads=reads,
             chunks=len(task.inputs),
             writes=tuple(writes),
             behind=self._activations(samples) if task.stream else 0.0,
             last_pass=streaming,
         )
 
-    def _reads(self, chunks: list[tuple[int, Chunk]], again: list[int]) -> Iterator[Read]:
+    def _reads(self, chunks: tuple[Chunk, ...], again: list[int]) -> Iterator[Read]:
         """Of chunks, by the artifact that holds them: all of them once, and in each further pass so many of the first ones."""
-        for path in dict.fromkeys(chunk.artifact.path for _, chunk in chunks):
-            places = [place for place, chunk in chunks if chunk.artifact.path == path]
+        for path in dict.fromkeys(chunk.artifact.path for chunk in chunks):
+            places = [place for place, chunk in enumerate(chunks) if chunk.artifact.path == path]
             size, *more = (
                 sum(self._activations(self._samples(place)) for place in places if place < stop)
                 for stop in (len(chunks), *again)

@@ -59,7 +59,7 @@ def steps_of(config: RunConfig) -> list[list[Share]]:
     steps: list[list[Share]] = []
     for epoch in range(settings.epochs):
         order: list[tuple[int, int]] = []
-        for chunk in permutation(-(-samples // size), seed, "end to end", epoch):
+        for chunk in permutation(config.storage.chunks_of(samples), seed, "end to end", epoch):
             here = min(size, samples - chunk * size)
             order += [(chunk, place) for place in permutation(here, seed, "end to end", epoch, chunk)]
         for start in range(0, samples, settings.batch_size):

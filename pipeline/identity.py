@@ -98,7 +98,9 @@ def run_identity(config: RunConfig, resolved: Resolved) -> dict[str, Any]:
 
 def _of_blocks(identity: dict[str, Any]) -> dict[str, Any]:
     """An identity without what no block depends on."""
-    return identity | {"recipe": {key: value for key, value in identity["recipe"].items() if key != "end_to_end"}}
+    return identity | {
+        "recipe": {key: value for key, value in identity.get("recipe", {}).items() if key != "end_to_end"}
+    }
 
 
 def check_claim(store: Store, config: RunConfig, resolved: Resolved) -> None:
@@ -106,7 +108,7 @@ def check_claim(store: Store, config: RunConfig, resolved: Resolved) -> None:
     recorded = read_json(store, RUN_FILE)
     if recorded is None:
         return
-    differing = differing_keys(_of_blocks(run_identity(config, resolved)), _of_blocks(recorded["identity"]))
+    differing = differing_keys(_of_blocks(run_identity(config, resolved)), _of_blocks(recorded.get("identity", {})))
     if differing:
         raise UserError(
             f"{store.url} belongs to another run: {'; '.join(d.removeprefix('recipe.') for d in differing)}. "

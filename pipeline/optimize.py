@@ -64,11 +64,6 @@ def permutation(size: int, *key: object) -> list[int]:
     return sorted(range(size), key=lambda i: hashlib.sha256(repr((*key, i)).encode()).digest())
 
 
-def chunks_of(worker: Worker, samples: int) -> int:
-    """How many of the first chunks hold so many sequences."""
-    return -(-samples // worker.config.storage.chunk_samples)
-
-
 def ending(trained: Trained, best: Best, status: BlockStatus) -> dict[str, Any]:
     """What a result's record says of how its training ended."""
     reason = None if status == "ok" else f"not finite after {trained.reconstruction.steps_done} training steps"
@@ -149,7 +144,7 @@ class TrainTask(DoneByAll):
         method, reconstruction = worker.config.method, trained.reconstruction
         equivalence = reconstruction.equivalence if method.equivalence_start == "smoothquant" else None
         search = method.clipping != "none" and method.clipping_start == "search" and reconstruction.fresh
-        chunks = chunks_of(worker, START_SAMPLES)
+        chunks = worker.config.storage.chunks_of(START_SAMPLES)
         if search:
             reconstruction.begin_clipping(self._batches_of_inputs(worker, chunks))
             trained.grids = reconstruction.grids()
@@ -287,7 +282,7 @@ class TrainTask(DoneByAll):
         `pause` is called between chunks, and may raise.
         """
         block = as_loaded(worker, self.block, result)
-        compared = chunks_of(worker, COMPARED_SAMPLES)
+        compared = worker.config.storage.chunks_of(COMPARED_SAMPLES)
         error, count = 0.0, 0
         objective = make_method(worker.context).objective
         with behind(stream) if stream else nullcontext() as files:
@@ -302,14 +297,13 @@ class TrainTask(DoneByAll):
                     count += losses.numel()
                 if files:
                     write_chunk(files, stream_file(chunk), torch.cat(outputs))
-            for chunk in range(compared, len(self.inputs)):
-                if files is None:
-                    break
-                pause()
-                inputs = self._inputs(worker, chunk)
-                leaving = outputs_of(block, inputs, worker.arguments(self.block, inputs.shape[1]))
-                error = error if leaving.isfinite().all() else math.inf
-                write_chunk(files, stream_file(chunk), leaving)
+            if files:
+                for chunk in range(compared, len(self.inputs)):
+                    pause()
+                    inputs = self._inputs(worker, chunk)
+                    leaving = outputs_of(block, inputs, worker.arguments(self.block, inputs.shape[1]))
+                    error = error if leaving.isfinite().all() else math.inf
+                    write_chunk(files, stream_file(chunk), leaving)
         return error / count if math.isfinite(error) else math.inf
 
     def _pass(self, worker: Worker, most: int | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:

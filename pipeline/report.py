@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 from pipeline.artifacts import Artifact, Record, digest, read_record
 from pipeline.config import MethodConfig, RunConfig, ScheduleConfig
+from pipeline.end_to_end import samples_of
 from pipeline.errors import UserError
 from pipeline.finetune_merge import copied_config
 from pipeline.identity import MODEL_FILE, read_json, run_identity
@@ -228,9 +228,8 @@ def origin(prepared: Prepared) -> list[str]:
         ]
     rows = [f"| schedule | {schedule_words(prepared.config.schedule)} |"]
     if (end := prepared.config.end_to_end).epochs:
-        some = (
-            f" of the first {end.samples} samples" if (end.samples or math.inf) < prepared.config.data.samples else ""
-        )
+        taken = samples_of(prepared.config)
+        some = f" of the first {taken} samples" if taken < prepared.config.data.samples else ""
         rows.append(
             f"| end to end | {end.epochs} epochs{some}, batches of {end.batch_size}, learning rate {end.learning_rate:g} |"
         )

@@ -97,6 +97,12 @@ def test_what_the_file_and_the_command_line_say_wins(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("ruled")
+def test_a_presets_rank_is_held_against_the_users_corner() -> None:
+    with pytest.raises(UserError, match=r"method\.corner 100 is larger than method\.rank 8"):
+        parse_config(tree(preset="ruled", method={"increment": "corner"}))
+
+
+@pytest.mark.usefixtures("ruled")
 def test_the_recipe_is_that_of_the_values_written_out() -> None:
     short = parse_config(tree(preset="ruled", scheme={"bits": 3}))
     whole = parse_config(tree(scheme={"bits": 3}, method={"increment": "dense", "rank": 8}, optimizer={"epochs": 7}))
