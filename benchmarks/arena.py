@@ -20,7 +20,7 @@ import psutil
 import yaml
 
 from pipeline.artifacts import RECORD, Artifact, intact
-from pipeline.config import parse_config, valid_keys
+from pipeline.config_file import parse_config, valid_keys
 from pipeline.graph import KINDS
 from pipeline.prepare import prepare
 from pipeline.report import publish_checkpoint

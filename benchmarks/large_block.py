@@ -27,7 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from pipeline.config import parse_config
+from pipeline.config_file import parse_config
 from pipeline.plan import Workers, plan
 from pipeline.skeleton import make_skeleton, tensor_names
 from pipeline.store import Store, open_store

@@ -25,7 +25,8 @@ from memory import first_blocks
 from cluster.group import ALONE, Membership, ShouldYield, WorkerGroup, stay
 from cluster.ray_group import RayGroup
 from cluster.session import ray_session
-from pipeline.config import RunConfig, parse_config
+from pipeline.config import RunConfig
+from pipeline.config_file import parse_config
 from pipeline.costs import Costs, Device, placeholder_inputs
 from pipeline.estimate import open_skeleton, shape_of
 from pipeline.gguf_import import import_gguf

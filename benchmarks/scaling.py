@@ -19,7 +19,7 @@ from typing import Any
 
 from model_shapes import H100, MODELS, checkpoint_bytes
 
-from pipeline.config import parse_config
+from pipeline.config_file import parse_config
 from pipeline.costs import Costs, Device, placeholder_inputs
 from pipeline.graph import build_graph
 from pipeline.simulate import Network, Simulated, simulate

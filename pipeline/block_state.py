@@ -45,7 +45,7 @@ def learning_rates(config: RunConfig) -> dict[str, float]:
     # What joins late has its way to go in fewer steps.
     joined = max(1, (optimizer.epochs - optimizer.warm_epochs) * steps)
     learned = config.method.clipping == "learned"
-    if config.finetune.blocks is None:
+    if not config.is_finetune:
         clipping, increment, rounding = 1e-1 if learned else 1 / total, DEFAULT_LEARNING_RATE, 1 / joined
     else:
         # It begins on grid points, which only moves of more than half a step leave, and with scales that were made with care.
@@ -67,13 +67,13 @@ def make_method(context: Context) -> Method:
         rates=learning_rates(config),
         total_steps=config.optimizer.epochs * steps_per_epoch(config),
         steps=config.optimizer.steps,
-        loss=config.method.loss if config.finetune.blocks is None else "next_token",
+        loss="next_token" if config.is_finetune else config.method.loss,
         first_token=config.method.first_token,
         autocast=context.autocast,
         equivalence=config.method.equivalence_kinds(config.scheme),
         shifts=config.method.shifts,
         # What a fine-tune began with was made with data, and is kept rather than clipped without.
-        fewest_tokens=config.method.expert_tokens * config.optimizer.epochs if config.finetune.blocks is None else 0,
+        fewest_tokens=0 if config.is_finetune else config.method.expert_tokens * config.optimizer.epochs,
         quantized_stream=config.method.quantized_stream_loss,
         warm_steps=config.optimizer.warm_epochs * steps_per_epoch(config),
         recompute=config.compute.recompute,

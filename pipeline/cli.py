@@ -117,7 +117,7 @@ def quantize(
     resumable; 1 failed, resumable; 2 refused (bad input, such as weights that
     are not finite).
     """
-    from pipeline.config import load_config
+    from pipeline.config_file import load_config
 
     how = {"strict": strict, "retry_quarantined": retry_quarantined}
     again = command_again(["quantize", config], overrides, strict, log)
@@ -163,7 +163,7 @@ def finetune(
     `lsi status` and `lsi eval` work as for any other; exit codes are those of
     `lsi quantize`.
     """
-    from pipeline.config import load_finetune
+    from pipeline.config_file import load_finetune
 
     again = command_again(["finetune", checkpoint, config], overrides, strict, log)
     run_command(lambda: load_finetune(checkpoint, config, overrides or []), again, log, {"strict": strict})
@@ -206,7 +206,7 @@ def without_secret(override: str) -> str:
 
 def parse_options(texts: list[str]) -> dict[str, Any]:
     """fsspec options from KEY=VALUE, nested keys with dots."""
-    from pipeline.config import apply_overrides
+    from pipeline.config_file import apply_overrides
 
     return apply_overrides({}, texts)
 
@@ -385,7 +385,7 @@ def plan_run(
     with 2 where a unit fits no worker, and says what would make it fit.
     """
     _quiet_libraries()
-    from pipeline.config import load_config
+    from pipeline.config_file import load_config
     from pipeline.estimate import estimate_lines
     from pipeline.plan import Limits, Workers, parse_size, plan
     from pipeline.plan_view import plan_lines
@@ -420,7 +420,7 @@ def doctor(
 ) -> None:
     """Check this machine, and all that a configuration names; compile ahead, with --build. Exit code 1: unusable."""
     _quiet_libraries()
-    from pipeline.config import load_config
+    from pipeline.config_file import load_config
     from pipeline.doctor import as_json as to_json
     from pipeline.doctor import examine, usable
 

@@ -1,21 +1,16 @@
-"""A run's configuration: one YAML file, checked before any work, every key overridable on the command line."""
+"""A run's configuration: its sections and keys, their defaults, and what of them goes together (read by `config_file.py`)."""
 
 from __future__ import annotations
 
-import difflib
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lsi.grid import Grid
 from lsi.increment import Increment, Kind
 from lsi.linear import Parts
 from lsi.pairs import KINDS, WEIGHT_ONLY
-from pipeline.errors import UserError
-from pipeline.presets import expand
 
 
 class Section(BaseModel):
@@ -557,136 +552,19 @@ class RunConfig(Section):
         """Of a batch, the most that one process computes: a group shares it."""
         return -(-self.optimizer.batch_size // self.compute.group)
 
+    @property
+    def is_finetune(self) -> bool:
+        """Whether it is `lsi finetune`'s."""
+        return self.finetune.blocks is not None
+
     def recipe(self) -> dict[str, Any]:
         """All that decides the weights' bytes; where it runs, where it is stored and what it is measured on are left out."""
         whole = self.model_dump(mode="json")
         # A preset's name says nothing that its values, which are in the sections, do not say.
         del whole["preset"], whole["cluster"], whole["outputs"], whole["evaluation"]
-        if self.finetune.blocks is None:
+        if not self.is_finetune:
             del whole["finetune"]
         whole["compute"] = self.compute.address()
         whole["end_to_end"] = self.end_to_end.address()
         whole["storage"] = {"chunk_samples": self.storage.chunk_samples}
         return whole
-
-
-def valid_keys(section: type[BaseModel] = RunConfig) -> list[str]:
-    """Every dotted key, sections and leaves."""
-    keys = []
-    for name, info in section.model_fields.items():
-        keys.append(name)
-        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
-            keys += [f"{name}.{key}" for key in valid_keys(info.annotation)]
-    return keys
-
-
-def parse_override(text: str) -> tuple[list[str], Any]:
-    """`section.key=value`, the value read as YAML."""
-    path, equals, value = text.partition("=")
-    if not equals or not path:
-        raise UserError(f"override {text!r}: write it as section.key=value, for example scheme.bits=3")
-    try:
-        return path.strip().split("."), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {text!r}: the value is not valid YAML") from error
-
-
-def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """The tree with every override in place."""
-    for text in overrides:
-        path, value = parse_override(text)
-        node = tree
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-            if not isinstance(node, dict):
-                raise UserError(f"override {text!r}: {part} is a value, not a section")
-        node[path[-1]] = value
-    return tree
-
-
-def _nearest(path: str) -> str:
-    """The valid key that an unknown one may have meant: of its own section, or of any; else what the section holds."""
-    section, _, leaf = path.rpartition(".")
-    siblings = {key.rpartition(".")[2]: key for key in valid_keys() if key.rpartition(".")[0] == section}
-    anywhere = {key.rpartition(".")[2]: key for key in reversed(valid_keys())}
-    for candidates in (siblings, anywhere):
-        if near := difflib.get_close_matches(leaf, candidates, n=1):
-            return f"did you mean {candidates[near[0]]}?"
-    return f"valid here: {', '.join(siblings)}"
-
-
-def _explain(errors: list[Any], where: str) -> str:
-    lines = []
-    for error in errors:
-        path = ".".join(str(part) for part in error["loc"])
-        if error["loc"][:2] == ("storage", "options"):
-            error = {**error, "input": "(not shown)"}
-        if error["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown key {path}; {_nearest(path)}")
-        elif error["type"] == "missing":
-            lines.append(f"{where}: {path} is required")
-        elif error["type"] == "value_error":
-            lines.append(
-                f"{where}: {path + ' = ' + repr(error['input']) + ': ' if path else ''}{error['ctx']['error']}"
-            )
-        else:
-            lines.append(f"{where}: {path} = {error['input']!r}: {error['msg'][:1].lower()}{error['msg'][1:]}")
-    return "\n".join(lines)
-
-
-def _expanded(tree: dict[str, Any]) -> dict[str, Any]:
-    """The tree with its preset's values; as it is where the scheme that they depend on is refused anyway."""
-    try:
-        scheme = SchemeConfig.model_validate(tree.get("scheme", {}))
-    except ValidationError:
-        return tree
-    return expand(tree, scheme.model_dump())
-
-
-def parse_config(tree: object, where: str = "config") -> RunConfig:
-    """A checked configuration. Raises UserError with one sentence a problem."""
-    if not isinstance(tree, dict):
-        raise UserError(f"{where}: expected sections such as model:, data: and storage:, found {type(tree).__name__}")
-    try:
-        return RunConfig.model_validate(_expanded(tree))
-    except ValidationError as error:
-        raise UserError(_explain(error.errors(), where)) from error
-
-
-def load_config(path: str, overrides: list[str]) -> RunConfig:
-    """Read a YAML file and apply `section.key=value` overrides."""
-    return parse_config(read_tree(path, overrides), path)
-
-
-def load_finetune(checkpoint: str, path: str, overrides: list[str]) -> RunConfig:
-    """The same for a fine-tune of a checkpoint, which is its model. Raises UserError if the file names another one."""
-    tree = read_tree(path, overrides)
-    if isinstance(tree, dict) and isinstance(model := tree.setdefault("model", {}), dict):
-        if model.setdefault("source", checkpoint) != checkpoint:
-            raise UserError(
-                f"{path}: model.source is {model['source']}, but a fine-tune's model is its checkpoint, {checkpoint}: leave it out"
-            )
-        if isinstance(section := tree.setdefault("finetune", {}), dict):
-            section.setdefault("blocks", FINETUNE_BLOCKS)
-    return parse_config(tree, path)
-
-
-def read_tree(path: str, overrides: list[str]) -> object:
-    """What a YAML file holds, with overrides. Raises UserError if it cannot be read."""
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"{path}: no such config file; see configs/ for examples")
-    try:
-        tree = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from error
-    tree = {} if tree is None else tree
-    return apply_overrides(tree, overrides) if isinstance(tree, dict) else tree
-
-
-def differing_keys(ours: object, theirs: object, prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ, as `key: theirs → ours`."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        keys = sorted(set(ours) | set(theirs))
-        return [d for k in keys for d in differing_keys(ours.get(k), theirs.get(k), f"{prefix}{k}.")]
-    return [] if ours == theirs else [f"{prefix[:-1]}: {theirs!r} there, {ours!r} here"]

@@ -256,13 +256,16 @@ class Costs:
 
     def _reads(self, chunks: tuple[Chunk, ...], again: list[int]) -> Iterator[Read]:
         """Of chunks, by the artifact that holds them: all of them once, and in each further pass so many of the first ones."""
-        for path in dict.fromkeys(chunk.artifact.path for chunk in chunks):
-            places = [place for place, chunk in enumerate(chunks) if chunk.artifact.path == path]
-            size, *more = (
-                sum(self._activations(self._samples(place)) for place in places if place < stop)
-                for stop in (len(chunks), *again)
+        stops = (len(chunks), *again)
+        sizes: dict[str, list[float]] = {}
+        for place, chunk in enumerate(chunks):
+            size, passes = (
+                self._activations(self._samples(place)),
+                sizes.setdefault(chunk.artifact.path, [0.0] * len(stops)),
             )
-            yield Read(path, size, tuple(more))
+            for index, stop in enumerate(stops):
+                passes[index] += size if place < stop else 0.0
+        return (Read(path, size, tuple(more)) for path, (size, *more) in sizes.items())
 
     def state_bytes(self, compared: bool) -> float:
         """Value and AdamW's two moments in float32; with the best result so far where losses are compared."""

@@ -95,7 +95,7 @@ class Outline:
 
 def outline(config: RunConfig) -> Outline:
     """The run that a configuration asks for. Raises UserError for one that cannot run."""
-    if config.finetune.blocks is not None:
+    if config.is_finetune:
         raise UserError(
             f"finetune.blocks {config.finetune.blocks}: lsi plan reckons what lsi quantize does, and no fine-tunes; leave section "
             "finetune out for a plan of quantizing model.source"

@@ -60,7 +60,7 @@ def checkpoint_url(config: RunConfig) -> str:
 def open_source(config: RunConfig, store: Store, report: Reporter) -> tuple[ModelSource, dict[str, Any]]:
     """The model folder, and the fsspec options it is opened with. A GGUF file is converted into the run directory first."""
     options = config.storage.options
-    if config.finetune.blocks is not None:
+    if config.is_finetune:
         packed_store = locate(config.model, options)
         return open_packed(packed_store, trust_remote_code=config.model.trust_remote_code), packed_store.options
     if config.model.source.endswith(".gguf"):
@@ -141,7 +141,7 @@ def prepare(config: RunConfig, report: Reporter) -> Prepared:
             "compute.device is cuda, but this machine has no CUDA device; set compute.device to cpu or give cluster.address"
         )
     check_engine(config.compute)
-    if config.finetune.blocks is not None:
+    if config.is_finetune:
         config = finetune_plan.resolve(config)
     store = open_store(config.storage.run, config.storage.options)
     store.check_writable()
@@ -164,7 +164,7 @@ def prepare(config: RunConfig, report: Reporter) -> Prepared:
     check_look_ahead(config.method, skeleton)
     check_mixture(config, skeleton)
     check_purpose(config, skeleton)
-    if config.finetune.blocks is None:
+    if not config.is_finetune:
         check_fit(config, skeleton, source.dtype(config.model.dtype), store, report)
     report.message(f"reading calibration text {config.data.source}")
     tokens, texts, values = read_tokens(config, source)

@@ -139,7 +139,7 @@ def trained_words(config: RunConfig) -> str:
     if method.equivalence:
         more = f"{' with shifts' if method.shifts else ''} from {method.equivalence_start}"
         parts.append(f"equivalence {' '.join(method.equivalence_kinds(config.scheme))}{more}")
-    loss = method.loss if config.finetune.blocks is None else "cross entropy of the next token"
+    loss = "cross entropy of the next token" if config.is_finetune else method.loss
     parts.append(f"loss {loss}")
     if method.look_ahead:
         parts.append(f"look-ahead {method.look_ahead}")
@@ -201,7 +201,7 @@ def story(prepared: Prepared) -> list[str]:
     """What was done, in a sentence."""
     config = prepared.config
     what = method_words(config.method)
-    if config.finetune.blocks is not None:
+    if config.is_finetune:
         return [
             f"Fine-tuned from a checkpoint that was quantized already: {what}, of the last {config.finetune.blocks} blocks, trained",
             "on the next token's cross entropy. All other tensors are that checkpoint's, byte for byte.",
@@ -315,7 +315,7 @@ def publish_checkpoint(finished: Finished) -> None:
 
 def checkpoint_config(prepared: Prepared) -> bytes:
     """The checkpoint's `config.json`."""
-    if prepared.config.finetune.blocks is not None:
+    if prepared.config.is_finetune:
         return copied_config(prepared.source)
     linears = quantized_linears(prepared.skeleton, prepared.config.scheme.skip)
     return published_config(prepared.source, prepared.config, linears, prepared.skeleton, prepared.context.dtype)

@@ -127,7 +127,7 @@ def graph_of(prepared: Prepared, blocks: list[str], outer: str, quarantined: dic
         }
         | ({"deepspeed": package_version("deepspeed")} if config.compute.engine == "deepspeed" else {})
     )
-    build = build_graph if config.finetune.blocks is None else build_finetune
+    build = build_finetune if config.is_finetune else build_graph
     return build(
         Inputs(
             config=config,

@@ -187,7 +187,7 @@ class Worker:
     @cached_property
     def source(self) -> ModelSource:
         store = open_store(self.context.model_url, self.context.model_options)
-        open_source = open_model if self.config.finetune.blocks is None else open_packed
+        open_source = open_packed if self.config.is_finetune else open_model
         return open_source(store, trust_remote_code=self.config.model.trust_remote_code)
 
     @cached_property
@@ -235,7 +235,7 @@ class Worker:
 
     def trainee(self, index: int) -> Trainee:
         """What a training unit of block `index` trains: that block, or in a fine-tune all from there on. Kept as `block` is."""
-        if self.config.finetune.blocks is None:
+        if not self.config.is_finetune:
             return Trainee(self.block(index), self.linears(index), partial(self.arguments, index))
         if self._tail is None:
             self._tail = self._make_tail(range(index, len(self.skeleton)))
@@ -243,7 +243,7 @@ class Worker:
 
     def trainee_arguments(self, index: int, sequence_length: int) -> Arguments:
         """What it is called with."""
-        if self.config.finetune.blocks is None:
+        if not self.config.is_finetune:
             return self.arguments(index, sequence_length)
         return self.trainee(index).arguments(sequence_length)
 

@@ -11,7 +11,8 @@ import torch
 
 from cluster.scheduler import Event, Instruction
 from lsi import reconstruct
-from pipeline.config import RunConfig, parse_config
+from pipeline.config import RunConfig
+from pipeline.config_file import parse_config
 from pipeline.driver import StoppedError
 from pipeline.graph import Node
 from pipeline.prepare import prepare

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.config import (
-    RunConfig,
+from pipeline.config import RunConfig
+from pipeline.config_file import (
     apply_overrides,
     differing_keys,
     load_config,

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from pipeline import deepspeed_ops, doctor
 from pipeline.cli import app
-from pipeline.config import RunConfig, parse_config
+from pipeline.config import RunConfig
+from pipeline.config_file import parse_config
 from pipeline.deepspeed_ops import LOCK, STAMP
 from pipeline.doctor import Check, examine, usable
 from pipeline.errors import UserError

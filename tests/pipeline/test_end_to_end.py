@@ -13,7 +13,8 @@ from pipeline import student
 from pipeline.artifacts import Artifact, Writer, read_record, read_tensors
 from pipeline.block_state import WEIGHTS_FILE, BlockResult
 from pipeline.cli import only_merge
-from pipeline.config import RunConfig, parse_config
+from pipeline.config import RunConfig
+from pipeline.config_file import parse_config
 from pipeline.driver import StoppedError
 from pipeline.end_to_end import compared_of, steps_of
 from pipeline.errors import UserError

@@ -11,7 +11,8 @@ import torch
 from running import Silent, break_steps, checkpoint_hashes, run, tiny_config, tiny_tree
 from safetensors.torch import load_file, save_file
 
-from pipeline.config import RunConfig, parse_config
+from pipeline.config import RunConfig
+from pipeline.config_file import parse_config
 from pipeline.driver import StoppedError
 from pipeline.errors import UserError
 from pipeline.evaluate_checkpoint import evaluate_checkpoint

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from pipeline.artifacts import Artifact
-from pipeline.config import RunConfig, ScheduleConfig, parse_config
+from pipeline.config import RunConfig, ScheduleConfig
+from pipeline.config_file import parse_config
 from pipeline.data_free import StreamTask
 from pipeline.graph import Graph, Inputs, build_graph, comparison, input_epoch
 from pipeline.optimize import TrainTask

@@ -23,7 +23,8 @@ from pipeline.block_state import make_method
 from pipeline.calibrate import calibrated, random_block, random_factors
 from pipeline.call_arguments import made_up_arguments
 from pipeline.cli import app
-from pipeline.config import RunConfig, parse_config
+from pipeline.config import RunConfig
+from pipeline.config_file import parse_config
 from pipeline.costs import Device
 from pipeline.errors import UserError
 from pipeline.memory_plan import BASE, DRIVER, GIB, MemoryPlan, Peak, worker_peak

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from pipeline import presets
-from pipeline.config import RunConfig, load_config, parse_config
+from pipeline.config import RunConfig
+from pipeline.config_file import load_config, parse_config
 from pipeline.errors import UserError
 from pipeline.estimate import estimate, estimate_lines
 from pipeline.identity import Resolved, claim, recorded_config

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from running import run, tiny_tree
 
-from pipeline.config import parse_config
+from pipeline.config_file import parse_config
 from pipeline.gguf_import import import_gguf
 from pipeline.report import block_reports
 from pipeline.run import ray_workers
