@@ -55,7 +55,7 @@ def test_each_command_explains_itself(command: str) -> None:
         ({"scheme": {"group_size": 48}}, "group_size 48 does not divide the input channels of self_attn.q_proj (64)"),
         ({"scheme": {"group_sise": 64}}, "unknown key scheme.group_sise; did you mean scheme.group_size?"),
         ({"scheme": {"bits": 5}}, "bits must be 2, 3, 4, 6 or 8"),
-        ({"data": {"samples": 100000}}, "need 1600000 tokens"),
+        ({"data": {"samples": 20000}}, "need 320000 tokens"),
         ({"model": {"source": "/no/such/model"}}, "there is no such folder"),
         ({"storage": {"run": "/sys/lsi"}}, "cannot write there"),
         ({"scheme": {"skip": ["*"]}}, "nothing to quantize"),
