@@ -198,7 +198,8 @@ class Builder:
         self.final = self._end_to_end() if self.config.end_to_end.epochs else self.quantized
         self._evaluate()
         self._merge()
-        return self.graph
+        # Without training, hidden states are captured for the last stage alone, which may take a part of the samples.
+        return Graph(self.graph.needed(lambda artifact: False), self.graph.goals)
 
     def _ahead(self, block: int) -> int:
         """Full-precision blocks that a block's outputs pass before its loss is taken: as many as are asked for, and are left."""

@@ -307,3 +307,10 @@ def test_the_quantized_model_is_evaluated_in_parts_of_which_one_waits_for_the_la
         "evaluate/quantized/news": last(range(20, 25)) | {"evaluate/quantized/news/020"},
     }
     assert [n.split("/")[-1] for n in dependencies(graph(10)) if n.startswith("evaluate/quantized")] == ["news"]
+
+
+def test_without_training_only_what_the_last_stage_takes_is_captured() -> None:
+    nothing = {"clipping": "none", "increment": "none"}
+    tree = {"method": nothing, "optimizer": {"epochs": 0}, "end_to_end": {"epochs": 1, "samples": 3}}
+    captured = [node.name for node in graph(**tree).nodes if node.stage == "capture"]
+    assert captured == ["embed/00000", *(f"capture/{block:03d}/00000" for block in range(3))]
