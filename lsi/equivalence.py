@@ -58,7 +58,10 @@ class Equivalence(nn.Module):
         )
 
     def transformed(self, block: nn.Module) -> dict[str, Tensor]:
-        """The tensors of the block that change, by name, in float32 and differentiable in scales and shifts."""
+        """The tensors of the block that change, by name, in float32 and differentiable in scales and shifts.
+
+        A linear that asks for it (`QuantizedLinear.follow`) is told by what: LINEAR.rows, LINEAR.columns.
+        """
         tensors: dict[str, Tensor] = {}
         # Columns first: W · δ is of the weight before its own rows are scaled, and they scale the bias with it.
         order = sorted(
@@ -143,6 +146,7 @@ def _change_columns(
 ) -> None:
     weight = tensor_of(block, site.tensor).float()
     tensors[site.tensor] = weight * scale
+    _tell(tensors, block, site, "columns", scale)
     if shift is not None:
         name = bias_name(site.tensor)
         tensors[name] = tensor_of(block, name).float() + weight @ shift
@@ -156,10 +160,18 @@ def _change_rows(
     factor = functional.pad(factor, rest, value=1.0)
     scaled = weight * factor.view(-1, *[1] * (weight.ndim - 1))
     tensors[site.tensor] = scaled + (factor - 1) if site.one_plus else scaled
+    _tell(tensors, block, site, "rows", factor)
     name = bias_name(site.tensor)
     if find_tensor(block, name) is not None:
         bias = _current(tensors, block, name)
         tensors[name] = (bias if shift is None else bias - functional.pad(shift, rest)) * factor
+
+
+def _tell(tensors: dict[str, Tensor], block: nn.Module, site: Site, side: str, factor: Tensor) -> None:
+    """Tell a linear what its rows or columns are multiplied by, beside what they are already."""
+    name = f"{site.tensor.rpartition('.')[0]}.{side}"
+    if find_tensor(block, name) is not None:
+        tensors[name] = _current(tensors, block, name) * factor
 
 
 def _extreme(values: Tensor, site: Site, channels: int, kind: str) -> Float[Tensor, " channels"]:

@@ -12,7 +12,9 @@ One family, told apart by which entries of M are free:
 
 Adding to W, instead of multiplying factors out, keeps W' = W at the start whatever the factorization's rounding error.
 
-All entries are counted in grid steps: an M whose every entry is ±1 changes the weights by one mean grid step, root mean
+Under an equivalent transformation (`lsi.equivalence`) what is transformed is W', the increment with it: U and Vh stay the factors of W.
+
+All entries are counted in grid steps: an M whose every entry is ±1 changes the weights by one mean grid step of W's, root mean
 square. So one learning rate fits every kind, every shape and every width of the grid.
 """
 
@@ -63,10 +65,18 @@ class Increment:
         }[self.kind]
 
 
+@dataclass(frozen=True)
+class Factors:
+    """What an equivalent transformation multiplies a weight's rows and columns by."""
+
+    rows: Float[Tensor, " out"]
+    columns: Float[Tensor, " in"]
+
+
 class NoIncrement(nn.Module):
     """W' = W."""
 
-    def forward(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+    def forward(self, weight: Float[Tensor, "out in"], factors: Factors | None = None) -> Float[Tensor, "out in"]:
         return weight
 
 
@@ -120,8 +130,12 @@ class FactoredIncrement(nn.Module):
                 product = product + entries.unsqueeze(-1) * shifted(right, offset)
         return product
 
-    def forward(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        return weight + widened(self.left) @ self.middle_times_right()
+    def forward(self, weight: Float[Tensor, "out in"], factors: Factors | None = None) -> Float[Tensor, "out in"]:
+        """W', or with the factors of a transformed weight the transformed W'."""
+        left, right = widened(self.left), self.middle_times_right()
+        if factors:
+            left, right = left * factors.rows.unsqueeze(-1), right * factors.columns
+        return weight + left @ right
 
 
 class DenseIncrement(nn.Module):
@@ -134,9 +148,11 @@ class DenseIncrement(nn.Module):
         self.register_buffer("step", step.unsqueeze(-1), persistent=False)
         self.increment = nn.Parameter(torch.zeros_like(weight))
 
-    def forward(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+    def forward(self, weight: Float[Tensor, "out in"], factors: Factors | None = None) -> Float[Tensor, "out in"]:
+        """W', or with the factors of a transformed weight the transformed W'."""
         out, groups, _ = self.step.shape
-        return weight + (self.increment.view(out, groups, -1) * self.step).view_as(weight)
+        change = (self.increment.view(out, groups, -1) * self.step).view_as(weight)
+        return weight + (change * factors.rows.unsqueeze(-1) * factors.columns if factors else change)
 
 
 def shifted(rows: Float[Tensor, "rank in"], offset: int) -> Float[Tensor, "rank in"]:

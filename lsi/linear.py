@@ -23,7 +23,7 @@ from lsi.grid import (
     range_of,
     widened,
 )
-from lsi.increment import Increment, make_increment
+from lsi.increment import Factors, Increment, make_increment
 
 Clipping = Literal["none", "learned", "direct"]
 # A group never shrinks below this part of its range: at zero it would have no grid.
@@ -36,7 +36,12 @@ CLIPPING_START = 4.0
 
 
 class LearnedClipping(nn.Module):
-    """LWC: bounds sigmoid(upper) · max and sigmoid(lower) · min for every group (OmniQuant, equation 2)."""
+    """LWC: bounds sigmoid(upper) · max and sigmoid(lower) · min for every group (OmniQuant, equation 2).
+
+    `largest`: of a range that is a grid's, which may grow, these sigmoids count so many times.
+    """
+
+    largest = 1.0
 
     def __init__(self, out_features: int, groups: int, device: torch.device) -> None:
         super().__init__()
@@ -46,13 +51,20 @@ class LearnedClipping(nn.Module):
     def forward(
         self, low: Float[Tensor, "out groups"], high: Float[Tensor, "out groups"]
     ) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
-        return low * self.lower.sigmoid(), high * self.upper.sigmoid()
+        return low * (self.largest * self.lower.sigmoid()), high * (self.largest * self.upper.sigmoid())
 
     @torch.no_grad()
     def begin(self, factor: Float[Tensor, "out groups"]) -> None:
         """At bounds that are `factor` of the range, or at the start's where that is more."""
         for bound in (self.lower, self.upper):
             bound.copy_(torch.special.logit(factor).clamp(max=CLIPPING_START))
+
+    @torch.no_grad()
+    def begin_at_grid(self) -> None:
+        """At the whole range, from where it may grow as well: sigmoid(0) is one half."""
+        self.largest = LARGEST_FROM_GRID
+        for bound in (self.lower, self.upper):
+            bound.zero_()
 
 
 class DirectClipping(nn.Module):
@@ -78,6 +90,10 @@ class DirectClipping(nn.Module):
         """At bounds that are `factor` of the range."""
         for bound in (self.lower, self.upper):
             bound.copy_(factor)
+
+    def begin_at_grid(self) -> None:
+        """At the whole range, from where it may grow as well."""
+        self.largest = LARGEST_FROM_GRID
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -130,6 +146,9 @@ class QuantizedLinear(nn.Module):
 
     weight: Float[Tensor, "out in"]
     bias: Float[Tensor, " out"] | None
+    # What the weight that is put in this one's place is, by row and column, of it; none where none will be.
+    rows: Float[Tensor, " out"] | None
+    columns: Float[Tensor, " in"] | None
 
     def __init__(
         self,
@@ -151,16 +170,25 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("weight", start.dequantize() if start else linear.weight.detach(), persistent=False)
         weight = widened(self.weight)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float(), persistent=False)
+        self.register_buffer("rows", None, persistent=False)
+        self.register_buffer("columns", None, persistent=False)
         self.groups = grid.groups(weight.shape[1])
         bounds = CLIPPINGS.get(parts.clipping)
         self.clipping = bounds(weight.shape[0], self.groups, weight.device) if bounds else None
-        if start and isinstance(self.clipping, DirectClipping):
-            self.clipping.largest = LARGEST_FROM_GRID
+        if start and self.clipping is not None:
+            self.clipping.begin_at_grid()
         step = grid_parameters(*self._range(weight), grid, self.scale_dtype)[0]
         self.increment = make_increment(parts.increment, weight, step, factorizer)
         self.rounding = (
             LearnedRounding(weight, LARGEST_FROM_CODES if start else LARGEST_OFFSET) if parts.rounding else None
         )
+
+    def follow(self) -> None:
+        """Let an equivalent transformation say how it changes the weight, so that the increment is changed with it."""
+        self.rows, self.columns = (torch.ones(size, device=self.weight.device) for size in self.weight.shape)
+
+    def _factors(self) -> Factors | None:
+        return None if self.rows is None or self.columns is None else Factors(self.rows, self.columns)
 
     def _grouped(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out groups size"]:
         return weight.view(weight.shape[0], self.groups, -1)
@@ -176,7 +204,7 @@ class QuantizedLinear(nn.Module):
         """W', its scale and its zero point, differentiable. Always in float32: the codes must not depend on autocast."""
         with torch.autocast(self.weight.device.type, enabled=False):
             original = widened(self.weight)
-            weight = self.increment(original)
+            weight = self.increment(original, self._factors())
             # The range follows W', but only the bounds' factors are trained through it: the path through two extreme
             # weights a group is noise beside them. An equivalent transformation is another matter: one scale moves all
             # of an outlying column, and so the step of every group that it is in. (The difference is zero.)

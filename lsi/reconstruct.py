@@ -133,6 +133,9 @@ class Reconstruction:
             recompute=method.recompute,
             factorizer=factorizer,
         )
+        if self.equivalence is not None:
+            for linear in linears.values():
+                linear.follow()
         widen_rest(block, linears.values())
         if method.checkpoint:
             checkpoint_parts(block)
@@ -266,7 +269,8 @@ class Reconstruction:
     def folded(self) -> dict[str, Tensor]:
         """The block's other tensors that the equivalent transformation changes (norms, biases, routers), by name."""
         tensors = {} if self.equivalence is None else self.equivalence.transformed(self.block)
-        return {name: t for name, t in tensors.items() if name.removesuffix(".weight") not in self.linears}
+        in_linears = {f"{name}.{tensor}" for name in self.linears for tensor in ("weight", "rows", "columns")}
+        return {name: tensor for name, tensor in tensors.items() if name not in in_linears}
 
     def export_lazily(self) -> dict[str, Later]:
         """Parameters, and AdamW's moments, to go on from elsewhere, one by one before the next step. Of a group, the first

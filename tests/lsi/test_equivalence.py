@@ -18,11 +18,11 @@ from lsi.block import linear_names, load_quantized, run_block
 from lsi.equivalence import Equivalence, collect_ranges, load_tensors
 from lsi.families import FAMILIES, family_of, find_family
 from lsi.grid import Grid
-from lsi.increment import Increment
+from lsi.increment import Increment, Kind
 from lsi.linear import Parts
 from lsi.objective import token_losses
 from lsi.pairs import KINDS, bias_name, find_pairs, tensor_of
-from lsi.reconstruct import Method, Reconstruction
+from lsi.reconstruct import Method, Reconstruction, quantized_linear
 
 TRAINED = ("norm", "value_output", "up_down")
 METHOD = Method(
@@ -39,9 +39,11 @@ def shiftable(name: str) -> bool:
     return CASES[name].model_type == "opt" or name == "llama-biased"
 
 
-def random_equivalence(block: nn.Module, *, shifts: bool = False, dtype: torch.dtype = torch.float32) -> Equivalence:
+def random_equivalence(
+    block: nn.Module, *, kinds: tuple[str, ...] = KINDS, shifts: bool = False, dtype: torch.dtype = torch.float32
+) -> Equivalence:
     """All that the block allows, with scales between a tenth and ten."""
-    equivalence = Equivalence(block, KINDS, shifts=shifts, dtype=dtype)
+    equivalence = Equivalence(block, kinds, shifts=shifts, dtype=dtype)
     generator = torch.Generator().manual_seed(5)
     for parameter in equivalence.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator)
@@ -274,6 +276,32 @@ def test_shifts_lower_the_loss_further() -> None:
         reconstruction = Reconstruction(block, names_of(block), replace(LET, shifts=shifts))
         losses[shifts] = [reconstruction.step(task.inputs, task.targets, task.arguments) for _ in range(30)][-1]
     assert losses[True] < losses[False]
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "corner", "band", "dense"])
+@pytest.mark.parametrize("name", ["llama", "opt", "phi3"])
+def test_what_is_transformed_is_the_incremented_weight(name: str, kind: Kind) -> None:
+    """Away from both starts: as if W + U M Vh had been the block's weight, U and Vh being W's."""
+    block, _ = make_case(name)
+    plain, names = copy.deepcopy(block), names_of(block)
+    parts = replace(METHOD.parts, increment=Increment(kind, corner=3))
+    reconstruction = Reconstruction(block, names, replace(LET, parts=parts))
+    equivalence = random_equivalence(plain, kinds=TRAINED)
+    assert reconstruction.equivalence is not None
+    reconstruction.equivalence.load_state_dict(equivalence.state_dict())
+    generator = torch.Generator().manual_seed(6)
+    for n in names:
+        linear = quantized_linear(reconstruction.block, n)
+        for parameter in linear.increment.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+        plain.get_submodule(n).weight.data = linear.increment(linear.weight.float()).detach()
+    expected = equivalence.transformed(plain)
+
+    def weights() -> dict[str, Tensor]:
+        return {n: quantized_linear(reconstruction.block, n).transformed()[0] for n in names}
+
+    for n, weight in reconstruction.equivalence.within(reconstruction.block, weights).items():
+        assert_close(weight, expected.get(f"{n}.weight", tensor_of(plain, f"{n}.weight")))
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "qwen2", "mixtral-opened"])

@@ -33,7 +33,7 @@ def test_a_range_gives_its_scale_and_zero_point_back(grid: Grid) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("clipping", ["none", "direct"])
+@pytest.mark.parametrize("clipping", ["none", "direct", "learned"])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_training_begins_at_the_start(grid: Grid, clipping: Clipping, dtype: torch.dtype) -> None:
     start = start_of(grid, dtype)
