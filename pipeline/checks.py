@@ -14,6 +14,15 @@ from pipeline.mixture import has_mixture
 from pipeline.skeleton import Skeleton, check_groups
 
 
+def check_run(config: RunConfig, skeleton: Skeleton) -> None:
+    """Refuse what a configuration asks of a model that the model cannot give. Needs no weights."""
+    check_scheme(config, skeleton)
+    check_equivalence(config, skeleton)
+    check_look_ahead(config.method, skeleton)
+    check_mixture(config, skeleton)
+    check_purpose(config, skeleton)
+
+
 def check_scheme(config: RunConfig, skeleton: Skeleton) -> None:
     """Refuse a scheme that does not fit the model."""
     found = False

@@ -12,7 +12,7 @@ import torch
 
 from lsi.block import get_linear, linear_names
 from pipeline.block_state import steps_per_epoch
-from pipeline.checks import check_equivalence, check_look_ahead, check_mixture, check_purpose, check_scheme
+from pipeline.checks import check_run
 from pipeline.config import RunConfig
 from pipeline.costs import Costs, Device, Shape, placeholder_inputs
 from pipeline.errors import UserError
@@ -101,11 +101,7 @@ def outline(config: RunConfig) -> Outline:
             "finetune out for a plan of quantizing model.source"
         )
     skeleton, dtype = open_skeleton(config)
-    check_scheme(config, skeleton)
-    check_equivalence(config, skeleton)
-    check_look_ahead(config.method, skeleton)
-    check_mixture(config, skeleton)
-    check_purpose(config, skeleton)
+    check_run(config, skeleton)
     return lay_out(config, skeleton, dtype)
 
 

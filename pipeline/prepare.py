@@ -17,10 +17,11 @@ from torch import Tensor
 from pipeline import finetune_plan
 from pipeline.artifacts import Artifact, CorruptArtifactError, Writer, digest, discard, intact, read_file, read_record
 from pipeline.capture import TOKENS_FILE
-from pipeline.checks import check_equivalence, check_look_ahead, check_mixture, check_purpose, check_scheme
+from pipeline.checks import check_run
 from pipeline.config import ComputeConfig, RunConfig
 from pipeline.data import calibration_tokens, evaluation_tokens
 from pipeline.errors import UserError
+from pipeline.estimate import open_skeleton
 from pipeline.fit import check_fit
 from pipeline.gguf_import import import_gguf
 from pipeline.identity import Resolved, check_claim, claim, read_json, resolve, run_identity
@@ -83,6 +84,8 @@ def converted(config: RunConfig, store: Store, report: Reporter) -> Store:
     artifact = Artifact("model", "converted", key)
     record = intact(store, artifact, report.message)
     if record is None:
+        if "://" not in source:  # another one's header comes with the whole file
+            check_run(config, open_skeleton(config)[0])
         report.message(f"converting {source} to safetensors")
         # A folder of this attempt's own: another driver may convert at the same moment.
         writer = Writer(store, artifact)
@@ -159,11 +162,7 @@ def prepare(config: RunConfig, report: Reporter) -> Prepared:
     source, model_options = open_source(config, store, report)
     skeleton = make_skeleton(source.config, trust_remote_code=config.model.trust_remote_code)
     check_tensors(skeleton, source)
-    check_scheme(config, skeleton)
-    check_equivalence(config, skeleton)
-    check_look_ahead(config.method, skeleton)
-    check_mixture(config, skeleton)
-    check_purpose(config, skeleton)
+    check_run(config, skeleton)
     if not config.is_finetune:
         check_fit(config, skeleton, source.dtype(config.model.dtype), store, report)
     report.message(f"reading calibration text {config.data.source}")

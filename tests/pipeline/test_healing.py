@@ -13,8 +13,10 @@ from pipeline.artifacts import RECORD, Artifact, digest
 from pipeline.driver import StoppedError
 from pipeline.errors import UserError
 from pipeline.graph import Node
+from pipeline.model_source import open_model
 from pipeline.report import block_reports
 from pipeline.run import ray_workers
+from pipeline.skeleton import make_skeleton
 from pipeline.status import read_status
 from pipeline.store import Store, open_store
 from pipeline.worker import make_handler
@@ -269,6 +271,8 @@ def test_a_gguf_file_that_was_replaced_is_converted_again(
             target.put(file.name, file.read_bytes())
 
     monkeypatch.setattr(module, "import_gguf", convert)
+    skeleton = make_skeleton(open_model(open_store(str(model))).config)
+    monkeypatch.setattr(module, "open_skeleton", lambda config: (skeleton, None))
     file = tmp_path / "m.gguf"
     file.write_bytes(b"one")
     config = tiny_config(file, short_text, tmp_path / "run", optimizer={"epochs": 0})

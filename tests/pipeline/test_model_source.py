@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from running import Silent, tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +18,7 @@ from pipeline.config import ModelConfig
 from pipeline.errors import UserError
 from pipeline.gguf_import import import_gguf
 from pipeline.model_source import INDEX, SINGLE, ModelSource, hub_url, locate, open_model
+from pipeline.prepare import prepare
 from pipeline.store import Store, open_store
 
 TinyModel = Callable[..., Path]
@@ -351,6 +353,16 @@ def test_quantized_gguf_is_dequantized_and_no_longer_called_quantized(llama: Pat
         # Half a step of 127 levels a side, and half a unit in bfloat16's last place.
         error = weight.abs().max() * (0.5 / 127 + 2**-9) + 1e-6
         assert (source.read(name).float() - weight).abs().max() <= error, name
+
+
+def test_what_a_gguf_model_cannot_give_is_refused_before_it_is_converted(
+    llama: Path, short_text: Path, tmp_path: Path
+) -> None:
+    write_gguf(llama, tmp_path / "x.gguf", gguf.GGMLQuantizationType.F32)
+    config = tiny_config(tmp_path / "x.gguf", short_text, tmp_path / "run", scheme={"group_size": 48})
+    with pytest.raises(UserError, match="group_size 48 does not divide"):
+        prepare(config, Silent())
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def test_gguf_import_that_is_cut_short_leaves_no_config(
