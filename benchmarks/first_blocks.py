@@ -3,7 +3,7 @@
     python benchmarks/first_blocks.py --blocks 14 --epochs 2 --loss relative --schedule wave
 
 Prints one JSON line: perplexities on the third split (windows 16 to 31 of the held-out Wikipedia text and of the news; the
-first 16 are the test), final losses and seconds. Minutes instead of the quickstart's full run, and no actors in the way.
+quickstart reports the first 16, `quality.py` those from 32 on), final losses and seconds. Minutes instead of the quickstart's full run, and no actors in the way.
 """
 
 from __future__ import annotations

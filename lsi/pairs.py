@@ -135,7 +135,11 @@ def find_pairs(block: nn.Module, family: Family, kinds: Collection[str], *, shif
     pairs = [pair for kind in KINDS if kind in kinds for pair in makers[kind](block, family, shifts)]
     model_type = model_type_of(block)
     if not pairs:
-        raise ValueError(f"this {model_type} block has no equivalent transformation of kind {', '.join(sorted(kinds))}")
+        has = [kind for kind in KINDS if any(makers[kind](block, family, False))]
+        raise ValueError(
+            f"this {model_type} block has no equivalent transformation of kind {', '.join(sorted(kinds))}; "
+            f"it has {', '.join(has) or 'none'}"
+        )
     if shifts and not any(pair.shift for pair in pairs):
         raise ValueError(
             f"shifts need biases in norms and linears, which this {model_type} block lacks; leave them out"

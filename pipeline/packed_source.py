@@ -84,7 +84,7 @@ def open_packed(store: Store, *, trust_remote_code: bool = False) -> PackedSourc
     try:
         scheme = read_scheme(document)
     except ValueError as error:
-        raise UserError(f"{store.url}: {error}. {TAKES}") from error
+        raise UserError(f"{store.url}: {error}; {TAKES}") from error
     grid = Grid(scheme.bits, scheme.group_size, scheme.symmetric)
     plain = files | {"config.json": _without_quantization(files["config.json"])}
     config = parse_model_config(plain, store.url, trust_remote_code=trust_remote_code)
@@ -100,7 +100,7 @@ def _quantization_config(config: bytes, where: str) -> object:
         raise UserError(f"{where}/config.json: not valid JSON: {error}") from error
     found = raw.get("quantization_config") if isinstance(raw, dict) else None
     if not found:
-        raise UserError(f"{where}: not a quantized checkpoint (config.json has no quantization_config). {TAKES}")
+        raise UserError(f"{where}: not a quantized checkpoint (config.json has no quantization_config); {TAKES}")
     return found
 
 
@@ -115,9 +115,9 @@ def _dequantized_index(source: PackedSource) -> Index:
     stored = source.stored
     owners = [name.removesuffix(PACKED) for name in stored if name.endswith(PACKED)]
     if not owners:
-        raise UserError(f"{source.store.url}: no shard holds a packed weight (NAME{PACKED}). {TAKES}")
+        raise UserError(f"{source.store.url}: no shard holds a packed weight (NAME{PACKED}); {TAKES}")
     if ordered := [name for name in stored if name.endswith(("_g_idx", ".g_idx"))]:
-        raise UserError(f"{source.store.url}: its groups are in activation order (it holds {ordered[0]}). {TAKES}")
+        raise UserError(f"{source.store.url}: its groups are in activation order (it holds {ordered[0]}); {TAKES}")
     index = {f"{owner}.weight": _dequantized_entry(source, owner) for owner in owners}
     parts = {owner + part for owner in owners for part in (PACKED, SCALE, SHAPE, ZERO)}
     return index | {name: place for name, place in stored.items() if name not in parts}

@@ -57,6 +57,11 @@ def test_the_three_presets_are_there() -> None:
     assert set(presets.preset_names()) >= {"best", "fast", "paper"}
 
 
+@pytest.mark.parametrize(("group_size", "kind"), [(None, "diagonal"), (64, "corner")])
+def test_the_published_increment_has_its_corner_in_groups(group_size: int | None, kind: str) -> None:
+    assert parse_config(tree(preset="paper", scheme={"group_size": group_size})).method.increment == kind
+
+
 @pytest.mark.usefixtures("ruled")
 @pytest.mark.parametrize(
     ("scheme", "epochs", "clipping", "schedule"),
@@ -137,7 +142,7 @@ def test_the_plan_shows_the_values(tiny_model: Any, short_text: Path, tmp_path: 
     sections = {
         "model": {"source": str(tiny_model(tmp_path / "model"))},
         "data": {"source": str(short_text), "samples": 8, "sequence_length": 16},
-        "scheme": {"bits": 2, "group_size": 32},
+        "scheme": {"bits": 2, "group_size": None},
     }
     config: RunConfig = parse_config(tree(preset="paper", **sections))
     found = estimate(config)
