@@ -39,7 +39,8 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 class Increment:
     """Which entries of M are free. `corner` is k, `band` the number of diagonals on each side of the main one.
 
-    `factors`: the dtype that U and Vh are kept in; None: by the weight's size.
+    `factors`: the dtype that U and Vh are kept in; None: by the weight's size. `products`: a dtype that the hardware multiplies
+    natively; factors of that dtype are multiplied in it, and others in float32.
     """
 
     kind: Kind = "diagonal"
@@ -47,6 +48,7 @@ class Increment:
     corner: int = 100
     band: int = 1
     factors: torch.dtype | None = None
+    products: torch.dtype | None = None
 
     @property
     def smallest_rank(self) -> int:
@@ -66,17 +68,21 @@ class Increment:
 
 
 @dataclass(frozen=True)
-class Factors:
+class Scaling:
     """What an equivalent transformation multiplies a weight's rows and columns by."""
 
     rows: Float[Tensor, " out"]
     columns: Float[Tensor, " in"]
 
+    def __call__(self, change: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        # Not the factors of a product: the gradients of rows and columns would be products as large.
+        return change * self.rows.unsqueeze(-1) * self.columns
+
 
 class NoIncrement(nn.Module):
     """W' = W."""
 
-    def forward(self, weight: Float[Tensor, "out in"], factors: Factors | None = None) -> Float[Tensor, "out in"]:
+    def forward(self, weight: Float[Tensor, "out in"], scaling: Scaling | None = None) -> Float[Tensor, "out in"]:
         return weight
 
 
@@ -100,6 +106,7 @@ class FactoredIncrement(nn.Module):
         self.register_buffer("left", left, persistent=False)
         self.register_buffer("right", right, persistent=False)
         rank, self.scale = left.shape[1], step * math.sqrt(weight.numel())
+        self.products = left.dtype if left.dtype == increment.products else widened(left[:0]).dtype
         self.diagonal, self.corner, self.band = None, None, None
         if increment.kind in ("diagonal", "corner"):
             self.diagonal = nn.Parameter(weight.new_zeros(rank))
@@ -130,12 +137,11 @@ class FactoredIncrement(nn.Module):
                 product = product + entries.unsqueeze(-1) * shifted(right, offset)
         return product
 
-    def forward(self, weight: Float[Tensor, "out in"], factors: Factors | None = None) -> Float[Tensor, "out in"]:
-        """W', or with the factors of a transformed weight the transformed W'."""
-        left, right = widened(self.left), self.middle_times_right()
-        if factors:
-            left, right = left * factors.rows.unsqueeze(-1), right * factors.columns
-        return weight + left @ right
+    def forward(self, weight: Float[Tensor, "out in"], scaling: Scaling | None = None) -> Float[Tensor, "out in"]:
+        """W', or with the scaling of a transformed weight the transformed W'."""
+        right = self.middle_times_right()
+        change = (self.left.to(self.products) @ right.to(self.products)).to(weight.dtype)
+        return weight + (scaling(change) if scaling else change)
 
 
 class DenseIncrement(nn.Module):
@@ -148,11 +154,11 @@ class DenseIncrement(nn.Module):
         self.register_buffer("step", step.unsqueeze(-1), persistent=False)
         self.increment = nn.Parameter(torch.zeros_like(weight))
 
-    def forward(self, weight: Float[Tensor, "out in"], factors: Factors | None = None) -> Float[Tensor, "out in"]:
-        """W', or with the factors of a transformed weight the transformed W'."""
+    def forward(self, weight: Float[Tensor, "out in"], scaling: Scaling | None = None) -> Float[Tensor, "out in"]:
+        """W', or with the scaling of a transformed weight the transformed W'."""
         out, groups, _ = self.step.shape
         change = (self.increment.view(out, groups, -1) * self.step).view_as(weight)
-        return weight + (change * factors.rows.unsqueeze(-1) * factors.columns if factors else change)
+        return weight + (scaling(change) if scaling else change)
 
 
 def shifted(rows: Float[Tensor, "rank in"], offset: int) -> Float[Tensor, "rank in"]:

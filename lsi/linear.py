@@ -23,7 +23,7 @@ from lsi.grid import (
     range_of,
     widened,
 )
-from lsi.increment import Factors, Increment, make_increment
+from lsi.increment import Increment, Scaling, make_increment
 
 Clipping = Literal["none", "learned", "direct"]
 # A group never shrinks below this part of its range: at zero it would have no grid.
@@ -187,8 +187,8 @@ class QuantizedLinear(nn.Module):
         """Let an equivalent transformation say how it changes the weight, so that the increment is changed with it."""
         self.rows, self.columns = (torch.ones(size, device=self.weight.device) for size in self.weight.shape)
 
-    def _factors(self) -> Factors | None:
-        return None if self.rows is None or self.columns is None else Factors(self.rows, self.columns)
+    def _scaling(self) -> Scaling | None:
+        return None if self.rows is None or self.columns is None else Scaling(self.rows, self.columns)
 
     def _grouped(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out groups size"]:
         return weight.view(weight.shape[0], self.groups, -1)
@@ -204,7 +204,7 @@ class QuantizedLinear(nn.Module):
         """W', its scale and its zero point, differentiable. Always in float32: the codes must not depend on autocast."""
         with torch.autocast(self.weight.device.type, enabled=False):
             original = widened(self.weight)
-            weight = self.increment(original, self._factors())
+            weight = self.increment(original, self._scaling())
             # The range follows W', but only the bounds' factors are trained through it: the path through two extreme
             # weights a group is noise beside them. An equivalent transformation is another matter: one scale moves all
             # of an outlying column, and so the step of every group that it is in. (The difference is zero.)

@@ -64,7 +64,7 @@ def make_method(context: Context) -> Method:
     config = context.config
     return Method(
         grid=config.scheme.grid,
-        parts=config.method.parts(context.dtype),
+        parts=config.method.parts(context.dtype, context.autocast),
         rates=learning_rates(config),
         total_steps=config.optimizer.epochs * steps_per_epoch(config),
         steps=config.optimizer.steps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -124,7 +125,8 @@ class MethodConfig(Section):
     corner: int = Field(100, ge=1, description="k of the corner increment; the paper has 100 to 600")
     band: int = Field(1, ge=0, description="diagonals on each side of the main one, of the band increment")
     factor_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of U and Vh; auto: bfloat16 for linears of 16 million weights and more"
+        "auto",
+        description="of U and Vh; auto: bfloat16 for linears of 16 million weights and more. Where compute.dtype is bfloat16, too, so are their products",
     )
     equivalence: list[Literal["norm", "value_output", "query_key", "up_down"]] | Literal["auto"] = Field(
         default=[],
@@ -160,9 +162,10 @@ class MethodConfig(Section):
         description="weight of a further loss: against the full-precision block on the same inputs (OmniQuant's aug_loss)",
     )
 
-    def parts(self, scale_dtype: torch.dtype) -> Parts:
-        """What is trained in a linear, as the algorithm takes it."""
-        return Parts(self.clipping, self.increments, self.rounding == "learned", scale_dtype)
+    def parts(self, scale_dtype: torch.dtype, products: torch.dtype | None) -> Parts:
+        """What is trained in a linear, as the algorithm takes it. products: the dtype of training's, None: float32."""
+        increment = replace(self.increments, products=products)
+        return Parts(self.clipping, increment, self.rounding == "learned", scale_dtype)
 
     @property
     def increments(self) -> Increment:

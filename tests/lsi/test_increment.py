@@ -7,7 +7,7 @@ from tolerances import assert_close, assert_same
 from torch import Tensor
 
 from lsi.factors import factorize
-from lsi.increment import KINDS, DenseIncrement, FactoredIncrement, Increment, make_increment, shifted
+from lsi.increment import KINDS, DenseIncrement, FactoredIncrement, Increment, Kind, make_increment, shifted
 
 INCREMENTS = [*map(Increment, ("none", "diagonal", "dense")), Increment("corner", corner=3), Increment("band", band=2)]
 RANKED = [Increment("diagonal", rank=4), Increment("dense", rank=4), Increment("band", rank=4, band=2)]
@@ -152,6 +152,24 @@ def test_equals_the_product_of_the_factors(increment: Increment, shape: tuple[in
     rank = increment.rank or min(shape)
     left, right = factorize(weight, rank)
     assert_close(module(weight), weight + left @ middle_of(module, rank) @ right)
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "corner", "band"])
+def test_narrow_products_are_those_of_float32_but_for_their_rounding(kind: Kind) -> None:
+    """Value and gradient; and the start is the weight itself all the same."""
+    weight, gradient, narrow = normal(48, 64), normal(48, 64, seed=7), torch.bfloat16
+    found = []
+    for products in (None, narrow):
+        module = factored(weight, Increment(kind, corner=8, factors=narrow, products=products))
+        assert_same(module(weight), weight)
+        for seed, parameter in enumerate(module.parameters()):
+            parameter.data = normal(*parameter.shape, seed=20 + seed)
+        moved = module(weight)
+        moved.backward(gradient)
+        found.append([moved - weight, *(parameter.grad for parameter in module.parameters())])
+    for wide, narrowed in zip(*found, strict=True):
+        assert wide.dtype == narrowed.dtype == torch.float32
+        assert 0 < (wide - narrowed).norm() < 1e-2 * wide.norm()
 
 
 def test_a_band_as_wide_as_the_matrix_is_every_entry() -> None:
