@@ -48,6 +48,13 @@ def test_every_shipped_config_parses(path: Path) -> None:
     assert RunConfig.model_validate(config.model_dump()) == config
 
 
+def test_the_run_on_s3_is_the_quickstart_elsewhere() -> None:
+    here, there = (load_config(str(CONFIGS[0].parent / f"{name}.yaml"), []) for name in ("quickstart", "s3"))
+    assert there.storage.run.startswith("s3://")
+    assert there.recipe() == here.recipe()
+    assert (there.cluster, there.evaluation) == (here.cluster, here.evaluation)
+
+
 def test_a_fine_tune_has_its_checkpoint_as_model_and_two_blocks_unless_told(tmp_path: Path) -> None:
     text = "data: {source: d}\nstorage: {run: r}\n"
     config = load_finetune("CHECKPOINT", write(tmp_path, text), [])
