@@ -3,7 +3,8 @@
     python benchmarks/quality.py --settings w3g64,w2g64 --tools best,fast,paper,auto-round,gptq --seeds 3 --json OUT
     python benchmarks/quality.py --table OUT
 
-Tools: the presets of configs/presets, `rtn` (round-to-nearest), `gptq` and `awq` (llm-compressor, its defaults), `awq-4`
+Tools: the presets of configs/presets, `rtn` (round-to-nearest), `lwc-let` and `lwc-let-lsi` (OmniQuant's parts, and the increment
+beside them, one epoch at rates that were tuned alike), `best-wave` (`best` for many workers), `gptq` and `awq` (llm-compressor, its defaults), `awq-4`
 (4 points of its search, which has 20), `auto-round` (50 steps of batch 2), `auto-round-default` (200 of batch 8), and
 `full-precision`, which only measures the model itself, once for all settings. Settings:
 w4ch is one scale per output channel, w3g64 one per 64 inputs; asymmetric, or symmetric with -sym; w8a8ch-sym quantizes activations
@@ -49,7 +50,7 @@ from pipeline.data import calibration_tokens, evaluation_tokens
 from pipeline.gguf_import import import_gguf
 from pipeline.packed_format import refusal
 from pipeline.perplexity import model_perplexity, take_windows
-from pipeline.presets import preset_names
+from pipeline.presets import merged, preset_names
 from pipeline.sample_material import MODEL_FILE
 from pipeline.store import open_store
 
@@ -61,6 +62,24 @@ PEERS = {
     "awq-4": ["awq", "--awq-points", "4"],
     "auto-round": ["auto-round", "--iterations", "50", "--batch", "2"],
     "auto-round-default": ["auto-round"],
+}
+_OMNIQUANT = {
+    "method": {"clipping": "learned", "rounding": "none", "increment": "none", "equivalence": "auto"},
+    "optimizer": {"steps": "adamw", "epochs": 1, "batch_size": 2},
+    "schedule": {"kind": "sequential"},
+}
+# Of our own tools that are no presets, the sections of their configuration.
+RECIPES: dict[str, dict[str, Any]] = {
+    "rtn": {"method": {"clipping": "none", "increment": "none"}, "optimizer": {"epochs": 0}},
+    "lwc-let": _OMNIQUANT,
+    "lwc-let-lsi": merged(
+        _OMNIQUANT,
+        {
+            "method": {"increment": "diagonal", "factor_dtype": "bfloat16"},
+            "optimizer": {"increment_learning_rate": 3e-2},
+        },
+    ),
+    "best-wave": {"preset": "best", "schedule": {"kind": "wave"}},
 }
 WITHOUT_CHANCE = {"rtn", "gptq", "awq", "awq-4"}
 TUNING_WINDOWS = 32
@@ -126,9 +145,9 @@ class Bench:
 
     def config(self, job: Job, setting: Setting, folder: Path) -> dict[str, Any]:
         """A run of ours on one worker that measures nothing."""
-        nothing = {"method": {"clipping": "none", "increment": "none"}, "optimizer": {"epochs": 0}}
+        recipe = RECIPES.get(job.tool, {"preset": job.tool})
         return {
-            **(nothing if job.tool == "rtn" else {"preset": job.tool, "optimizer": {"seed": job.seed}}),
+            **merged(recipe, {"optimizer": {"seed": job.seed}}),
             "model": {"source": str(self.model)},
             "data": self.data.model_dump(),
             "scheme": asdict(setting),
@@ -245,7 +264,7 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def tools(text: str) -> list[str]:
-        known = [FULL_PRECISION, *preset_names(), "rtn", *PEERS]
+        known = [FULL_PRECISION, *preset_names(), *RECIPES, *PEERS]
         if unknown := [tool for tool in text.split(",") if tool not in known]:
             raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no tool; there are {', '.join(known)}")
         return text.split(",")

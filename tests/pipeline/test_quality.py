@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 from process_tree import measure
-from quality import Bench, Job, jobs_of, parse
+from quality import RECIPES, Bench, Job, jobs_of, parse
 from quality_records import Setting, markdown, parse_setting, put_record, read_records, texts_of
+
+from pipeline.config_file import parse_config
 
 ROOT = Path(__file__).parent.parent.parent
 FIELDS = {"tool", "setting", "seed", "wikipedia", "news", "cpu_seconds", "wall_seconds", "peak_rss_mib"}
@@ -179,3 +181,13 @@ def test_a_checkpoint_that_is_kept_is_not_taken_for_one_of_another_model_or_of_o
         return Bench(parse(given)).folder(Job("rtn", parse_setting("w3g64"), 0))
 
     assert len({folder("one", 4), folder("one", 8), folder("two", 4)}) == 3
+
+
+@pytest.mark.parametrize("tool", RECIPES)
+def test_every_recipe_is_a_configuration_for_every_setting(tool: str, tmp_path: Path) -> None:
+    bench = Bench(parse(["--model", str(tmp_path), "--work", str(tmp_path), "--json", "x"]))
+    for name in ("w4ch", "w2g32", "w8a8ch-sym"):
+        setting = parse_setting(name)
+        found = parse_config(bench.config(Job(tool, setting, 7), setting, tmp_path))
+        assert (found.scheme.bits, found.scheme.activation_bits) == (setting.bits, setting.activation_bits)
+        assert found.optimizer.seed == 7
