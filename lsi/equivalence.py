@@ -7,10 +7,9 @@ read and y = x · Wᵀ + b:
     consumer  (W · diag(s), b + W · δ)    y' = y
 
 What is trained is log s and δ, zero at first: the block starts as it is. To start as SmoothQuant does (arXiv 2211.10438),
-set the scales from the inputs' ranges and fold them, then train from there:
+set the scales from the inputs' ranges, then train from there:
 
     equivalence.start(block, collect_ranges(block, equivalence.pairs, batches))
-    equivalence.fold(block)
 """
 
 from __future__ import annotations
@@ -95,16 +94,6 @@ class Equivalence(nn.Module):
         tensors = {f"block.{name}": tensor for name, tensor in self.transformed(block).items()}
         result: Result = torch.func.functional_call(_Holder(block), tensors, (function,))
         return result
-
-    @torch.no_grad()
-    def fold(self, block: nn.Module) -> None:
-        """Write the transformed tensors into the block, rounded to their dtype, and go back to the identity.
-
-        Exact for a float32 block; in a narrower one the weights are rounded once more.
-        """
-        load_tensors(block, self.transformed(block))
-        for parameter in self.parameters():
-            parameter.zero_()
 
     @torch.no_grad()
     def start(self, block: nn.Module, ranges: Ranges, alpha: float = 0.5) -> None:

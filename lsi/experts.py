@@ -1,4 +1,4 @@
-"""Mixtures of experts: fused expert tensors opened into one linear each for calibration, and closed again.
+"""Mixtures of experts: fused expert tensors opened into one linear each, for calibration and in the checkpoint.
 
 transformers keeps the experts of a block in two tensors, gate_up_proj (experts, 2 · inner, hidden) and down_proj
 (experts, hidden, inner). Opened, expert i is the modules i.gate_proj, i.up_proj and i.down_proj in the same place, whose
@@ -39,8 +39,6 @@ class OpenedExperts(nn.Module):
 
     def __init__(self, fused: nn.Module) -> None:
         super().__init__()
-        # In a tuple, so that its tensors are not counted as this module's own.
-        self.fused = (fused,)
         gate_up, down, activation = fused.gate_up_proj, fused.down_proj, fused.act_fn
         assert isinstance(gate_up, Tensor)
         assert isinstance(down, Tensor)
@@ -90,19 +88,6 @@ def open_experts(block: nn.Module) -> list[str]:
             )
         block.set_submodule(name, OpenedExperts(fused))
     return names
-
-
-@torch.no_grad()
-def close_experts(block: nn.Module) -> None:
-    """Put the fused modules back, with the experts' present weights stacked in them."""
-    for name, opened in [(n, m) for n, m in block.named_modules() if isinstance(m, OpenedExperts)]:
-        fused: Any = opened.fused[0]
-        experts = opened.experts()
-        gate_up = [torch.cat([expert.gate_proj.weight, expert.up_proj.weight]) for expert in experts]
-        fused.gate_up_proj = nn.Parameter(torch.stack(gate_up), requires_grad=False)
-        down = torch.stack([expert.down_proj.weight for expert in experts])
-        fused.down_proj = nn.Parameter(down, requires_grad=False)
-        block.set_submodule(name, fused)
 
 
 def expert_of(block: nn.Module, name: str) -> str | None:

@@ -9,10 +9,9 @@ import pytest
 import torch
 from tiny import HIDDEN, LENGTH, MIXTURE, make_case
 from tolerances import assert_close, assert_same
-from torch import nn
 
 from lsi.block import linear_names, run_block
-from lsi.experts import close_experts, open_experts
+from lsi.experts import open_experts
 from lsi.grid import Grid, clip_to_weights
 from lsi.increment import Increment
 from lsi.linear import Parts
@@ -33,28 +32,14 @@ def test_opened_experts_compute_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_closing_is_the_inverse_of_opening(name: str) -> None:
-    block, task = make_case(name)
-    before = {key: tensor.clone() for key, tensor in block.state_dict().items()}
+def test_opened_weights_are_the_fused_tensors(name: str) -> None:
+    block, _ = make_case(name)
+    fused = block.get_submodule("mlp.experts")
     open_experts(block)
-    close_experts(block)
-    assert list(block.state_dict()) == list(before)
-    for key, tensor in block.state_dict().items():
-        assert_same(tensor, before[key])
-    assert_same(run_block(block, task.inputs, task.arguments), task.targets)
-
-
-@pytest.mark.parametrize("name", MIXTURES)
-def test_changed_experts_are_closed_as_they_are(name: str) -> None:
-    block, task = make_case(name)
-    open_experts(block)
-    expert = block.get_submodule("mlp.experts.1")
-    expert.up_proj.weight = nn.Parameter(expert.up_proj.weight * 2, requires_grad=False)
-    expert.down_proj.weight.data = expert.down_proj.weight.data + 1
-    opened = run_block(block, task.inputs, task.arguments)
-    close_experts(block)
-    assert_close(run_block(block, task.inputs, task.arguments), opened)
-    assert not torch.allclose(opened, task.targets)
+    experts = [block.get_submodule(f"mlp.experts.{number}") for number in range(len(fused.down_proj))]
+    assert_same(torch.stack([expert.down_proj.weight for expert in experts]), fused.down_proj)
+    gates, ups = ([getattr(expert, part).weight for expert in experts] for part in ("gate_proj", "up_proj"))
+    assert_same(torch.cat([torch.stack(gates), torch.stack(ups)], dim=1), fused.gate_up_proj)
 
 
 def test_opening_copies_no_weight() -> None:
