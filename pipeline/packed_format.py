@@ -15,7 +15,6 @@ here, the packing of bits into words by the library itself.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import compressed_tensors
@@ -191,17 +190,8 @@ def _scheme(bits: int, group_size: int | None, symmetric: bool, activation_bits:
     return QuantizationScheme(targets=["Linear"], weights=weights, input_activations=activations, format=form)
 
 
-@dataclass(frozen=True)
-class PackedScheme:
-    """The grid of a checkpoint whose linears are all quantized alike; `group_size` None: one group per channel."""
-
-    bits: int
-    group_size: int | None
-    symmetric: bool
-
-
-def read_scheme(document: Any) -> PackedScheme:
-    """The grid that a "quantization_config" describes.
+def read_scheme(document: Any) -> Grid:
+    """The grid that a "quantization_config" describes, of a checkpoint whose linears are all quantized alike.
 
     Raises ValueError, a clause that says what it is, for anything but one weight-only integer grid in pack-quantized form.
     """
@@ -224,7 +214,7 @@ def read_scheme(document: Any) -> PackedScheme:
     return schemes.pop()
 
 
-def _weight_scheme(weights: Mapping[str, Any]) -> PackedScheme:
+def _weight_scheme(weights: Mapping[str, Any]) -> Grid:
     # "weight" and "static" order what GPTQ looks at first; only these leave the groups as they are.
     if (order := weights.get("actorder")) not in (None, False, "weight", "static"):
         raise ValueError(f"its groups are in activation order (actorder {order!r})")
@@ -234,7 +224,7 @@ def _weight_scheme(weights: Mapping[str, Any]) -> PackedScheme:
         raise ValueError(f"its weights are {kind} of {bits} bits")
     if strategy not in ("group", "channel") or (strategy == "group" and (not isinstance(size, int) or size < 1)):
         raise ValueError(f"its scales are by {strategy}, of size {size}")
-    return PackedScheme(bits, size if strategy == "group" else None, bool(weights.get("symmetric", True)))
+    return Grid(bits, size if strategy == "group" else None, bool(weights.get("symmetric", True)))
 
 
 def loadable(document: dict[str, Any]) -> dict[str, Any]:

@@ -82,10 +82,9 @@ def open_packed(store: Store, *, trust_remote_code: bool = False) -> PackedSourc
     files = read_side_files(store, code=trust_remote_code)
     document = _quantization_config(files["config.json"], store.url)
     try:
-        scheme = read_scheme(document)
+        grid = read_scheme(document)
     except ValueError as error:
         raise UserError(f"{store.url}: {error}; {TAKES}") from error
-    grid = Grid(scheme.bits, scheme.group_size, scheme.symmetric)
     plain = files | {"config.json": _without_quantization(files["config.json"])}
     config = parse_model_config(plain, store.url, trust_remote_code=trust_remote_code)
     source = PackedSource(store, config, files, {}, grid=grid, stored=read_index(store))
