@@ -146,7 +146,7 @@ class QuantizedLinear(nn.Module):
 
     weight: Float[Tensor, "out in"]
     bias: Float[Tensor, " out"] | None
-    # What the weight that is put in this one's place is, by row and column, of it; none where none will be.
+    # What an equivalent transformation multiplies the weight's rows and columns by; None in a block without one.
     rows: Float[Tensor, " out"] | None
     columns: Float[Tensor, " in"] | None
 
@@ -184,7 +184,7 @@ class QuantizedLinear(nn.Module):
         )
 
     def follow(self) -> None:
-        """Let an equivalent transformation say how it changes the weight, so that the increment is changed with it."""
+        """Make room for what an equivalent transformation multiplies rows and columns by: the increment is multiplied with them."""
         self.rows, self.columns = (torch.ones(size, device=self.weight.device) for size in self.weight.shape)
 
     def _scaling(self) -> Scaling | None:
