@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lsi.block import get_linear, load_quantized, sharing_copy
 from lsi.engine import Later
 from lsi.equivalence import load_tensors
-from lsi.grid import QuantizedWeight, quantize, widened
+from lsi.grid import QuantizedWeight, clip_to_weights, quantize, widened
 from lsi.increment import DEFAULT_LEARNING_RATE
 from lsi.reconstruct import Method, Reconstruction
 from pipeline.activations import quantize_activations
@@ -142,13 +142,19 @@ class Trained:
     grids: Mapping[str, tuple[Tensor, Tensor]]
 
     def initial(self, worker: Worker, block: int) -> BlockResult:
-        """The result it began with. Its codes are as many as the weights, and soon made again: they are not kept."""
+        """The result it began with. Its codes are as many as the weights, and soon made again: they are not kept.
+
+        Of experts that have seen too few tokens by now it is clipped without data.
+        """
         trainee, method = worker.trainee(block), self.reconstruction.method
         if trainee.starts:
             return BlockResult(trainee.starts)
-        weights = {}
+        weights, few = {}, set(self.reconstruction.untrained_experts())
         for name, grid in self.grids.items():
             weight = widened(get_linear(trainee.module, name).weight)
+            if self.reconstruction.experts.get(name) in few:
+                weights[name] = clip_to_weights(weight, method.grid, method.parts.scale_dtype)
+                continue
             # Those that were read from storage are on the CPU.
             scale, zero = (part.to(weight.device).float() for part in grid)
             weights[name] = quantize(weight, scale, zero, method.grid, method.parts.scale_dtype)

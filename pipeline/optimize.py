@@ -343,6 +343,8 @@ class TrainTask(DoneByAll):
         status: BlockStatus,
         history: list[dict[str, Any]],
     ) -> dict[str, Any]:
+        if best.result is None:
+            best = replace(best, untrained_experts=trained.reconstruction.untrained_experts())
         meta = {"block": self.block, **ending(trained, best, status), "history": history}
         result = best.result or trained.initial(worker, self.block)
         if result.folded:

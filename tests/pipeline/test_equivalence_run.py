@@ -160,11 +160,18 @@ def test_experts_are_quantized_one_by_one_and_saved_as_their_family_does(
     assert_loader_agrees(finished, result, short_text)
 
 
-def test_experts_with_few_tokens_are_reported(tiny_model: TinyModel, short_text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rate", "kept"), [(None, "epoch 3"), (1e3, "initial")])
+def test_experts_with_few_tokens_are_reported(
+    tiny_model: TinyModel, short_text: Path, tmp_path: Path, rate: float | None, kept: str
+) -> None:
+    """Whatever state of their block is kept."""
     folder = family(tiny_model, tmp_path / "model", "qwen3_moe", **MIXTURE)
-    sections: dict[str, Any] = {"scheme": {"symmetric": True}, "method": {"expert_tokens": 1000}}
+    optimizer = TRAINED["optimizer"] | {"increment_learning_rate": rate}
+    method = {"expert_tokens": 1000, "increment": "diagonal"}
+    sections: dict[str, Any] = {"scheme": {"symmetric": True}, "method": method, "optimizer": optimizer}
     finished, result = run(tiny_config(folder, short_text, tmp_path / "run", **TRAINED | sections))
     everyone = [f"mlp.experts.{number}" for number in range(4)]
+    assert {report["kept"] for report in block_reports(finished)} == {kept}
     assert result["untrained_experts"] == {"0": everyone, "1": everyone}
     weight = result_of_block(finished, 0).weights["mlp.experts.2.down_proj"]
     plain = finished.prepared.source.read("model.layers.0.mlp.experts.2.down_proj.weight")
