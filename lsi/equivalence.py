@@ -14,7 +14,7 @@ set the scales from the inputs' ranges, then train from there:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ from torch.nn import functional
 from lsi.block import Hidden, run_block, watched_inputs
 from lsi.families import family_of
 from lsi.grid import straight_through
+from lsi.linear import Side
 from lsi.pairs import Pair, Site, bias_name, find_pairs, find_tensor, tensor_of
 
 Result = TypeVar("Result")
@@ -56,10 +57,16 @@ class Equivalence(nn.Module):
             {pair.name: nn.Parameter(torch.zeros(pair.channels, device=device)) for pair in self.pairs if pair.shift}
         )
 
+    def scaled(self) -> Iterator[tuple[str, Side]]:
+        """What is multiplied: names of modules, and whether rows or columns of their weights."""
+        for pair in self.pairs:
+            for site in pair.sites:
+                yield site.tensor.removesuffix(".weight"), "columns" if site.columns else "rows"
+
     def transformed(self, block: nn.Module) -> dict[str, Tensor]:
         """The tensors of the block that change, by name, in float32 and differentiable in scales and shifts.
 
-        A linear that asks for it (`QuantizedLinear.follow`) is told by what: LINEAR.rows, LINEAR.columns.
+        A linear that expects it (`QuantizedLinear.expect_scaling`) is told by what: LINEAR.rows, LINEAR.columns.
         """
         tensors: dict[str, Tensor] = {}
         # Columns first: W · δ is of the weight before its own rows are scaled, and they scale the bias with it.
@@ -156,7 +163,7 @@ def _change_rows(
         tensors[name] = (bias if shift is None else bias - functional.pad(shift, rest)) * factor
 
 
-def _tell(tensors: dict[str, Tensor], block: nn.Module, site: Site, side: str, factor: Tensor) -> None:
+def _tell(tensors: dict[str, Tensor], block: nn.Module, site: Site, side: Side, factor: Tensor) -> None:
     """Tell a linear what its rows or columns are multiplied by, beside what they are already."""
     name = f"{site.tensor.rpartition('.')[0]}.{side}"
     if find_tensor(block, name) is not None:

@@ -12,7 +12,8 @@ One family, told apart by which entries of M are free:
 
 Adding to W, instead of multiplying factors out, keeps W' = W at the start whatever the factorization's rounding error.
 
-Under an equivalent transformation (`lsi.equivalence`) what is transformed is W', the increment with it: U and Vh stay the factors of W.
+Under an equivalent transformation (`lsi.equivalence`) what is transformed is W', the increment with it: U and Vh stay the factors of
+W. (A shift's share of the bias is W's alone.)
 
 All entries are counted in grid steps: an M whose every entry is ±1 changes the weights by one mean grid step of W's, root mean
 square. So one learning rate fits every kind, every shape and every width of the grid.
@@ -40,7 +41,7 @@ class Increment:
     """Which entries of M are free. `corner` is k, `band` the number of diagonals on each side of the main one.
 
     `factors`: the dtype that U and Vh are kept in; None: by the weight's size. `products`: a dtype that the hardware multiplies
-    natively; factors of that dtype are multiplied in it, and others in float32.
+    natively; U of that dtype is multiplied with M · Vh in it, and others in float32.
     """
 
     kind: Kind = "diagonal"
@@ -67,23 +68,11 @@ class Increment:
         }[self.kind]
 
 
-@dataclass(frozen=True)
-class Scaling:
-    """What an equivalent transformation multiplies a weight's rows and columns by."""
-
-    rows: Float[Tensor, " out"]
-    columns: Float[Tensor, " in"]
-
-    def __call__(self, change: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        # Not the factors of a product: the gradients of rows and columns would be products as large.
-        return change * self.rows.unsqueeze(-1) * self.columns
-
-
 class NoIncrement(nn.Module):
     """W' = W."""
 
-    def forward(self, weight: Float[Tensor, "out in"], scaling: Scaling | None = None) -> Float[Tensor, "out in"]:
-        return weight
+    def forward(self) -> None:
+        """There is none."""
 
 
 class FactoredIncrement(nn.Module):
@@ -137,11 +126,10 @@ class FactoredIncrement(nn.Module):
                 product = product + entries.unsqueeze(-1) * shifted(right, offset)
         return product
 
-    def forward(self, weight: Float[Tensor, "out in"], scaling: Scaling | None = None) -> Float[Tensor, "out in"]:
-        """W', or with the scaling of a transformed weight the transformed W'."""
+    def forward(self) -> Float[Tensor, "out in"]:
+        """U · M · Vh, in float32 at least."""
         right = self.middle_times_right()
-        change = (self.left.to(self.products) @ right.to(self.products)).to(weight.dtype)
-        return weight + (scaling(change) if scaling else change)
+        return (self.left.to(self.products) @ right.to(self.products)).to(right.dtype)
 
 
 class DenseIncrement(nn.Module):
@@ -154,11 +142,10 @@ class DenseIncrement(nn.Module):
         self.register_buffer("step", step.unsqueeze(-1), persistent=False)
         self.increment = nn.Parameter(torch.zeros_like(weight))
 
-    def forward(self, weight: Float[Tensor, "out in"], scaling: Scaling | None = None) -> Float[Tensor, "out in"]:
-        """W', or with the scaling of a transformed weight the transformed W'."""
+    def forward(self) -> Float[Tensor, "out in"]:
+        """ΔW, in float32 at least."""
         out, groups, _ = self.step.shape
-        change = (self.increment.view(out, groups, -1) * self.step).view_as(weight)
-        return weight + (scaling(change) if scaling else change)
+        return (self.increment.view(out, groups, -1) * self.step).view_as(self.increment)
 
 
 def shifted(rows: Float[Tensor, "rank in"], offset: int) -> Float[Tensor, "rank in"]:
@@ -169,6 +156,8 @@ def shifted(rows: Float[Tensor, "rank in"], offset: int) -> Float[Tensor, "rank 
     return nn.functional.pad(moved, (0, 0, max(-offset, 0), max(offset, 0)))
 
 
+IncrementModule = NoIncrement | FactoredIncrement | DenseIncrement
+
 # In grid steps, for every kind; found by measuring (benchmarks/results).
 DEFAULT_LEARNING_RATE = 1e-2
 
@@ -178,7 +167,7 @@ def make_increment(
     weight: Float[Tensor, "out in"],
     step: Float[Tensor, "out groups"],
     factorizer: Factorizer = factors_of,
-) -> nn.Module:
+) -> IncrementModule:
     """The increment module of one linear; `step` is its initial grid's scale, `factorizer` gives U and Vh if they are needed.
 
     Raises ValueError for too high a rank.

@@ -23,9 +23,11 @@ from lsi.grid import (
     range_of,
     widened,
 )
-from lsi.increment import Increment, Scaling, make_increment
+from lsi.increment import Increment, make_increment
 
 Clipping = Literal["none", "learned", "direct"]
+Side = Literal["rows", "columns"]
+SIDES: tuple[Side, Side] = ("rows", "columns")
 # A group never shrinks below this part of its range: at zero it would have no grid.
 SMALLEST_BOUND = 0.05
 LARGEST_FROM_GRID = 2.0
@@ -170,8 +172,8 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("weight", start.dequantize() if start else linear.weight.detach(), persistent=False)
         weight = widened(self.weight)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float(), persistent=False)
-        self.register_buffer("rows", None, persistent=False)
-        self.register_buffer("columns", None, persistent=False)
+        for side in SIDES:
+            self.register_buffer(side, None, persistent=False)
         self.groups = grid.groups(weight.shape[1])
         bounds = CLIPPINGS.get(parts.clipping)
         self.clipping = bounds(weight.shape[0], self.groups, weight.device) if bounds else None
@@ -183,12 +185,15 @@ class QuantizedLinear(nn.Module):
             LearnedRounding(weight, LARGEST_FROM_CODES if start else LARGEST_OFFSET) if parts.rounding else None
         )
 
-    def follow(self) -> None:
-        """Make room for what an equivalent transformation multiplies rows and columns by: the increment is multiplied with them."""
-        self.rows, self.columns = (torch.ones(size, device=self.weight.device) for size in self.weight.shape)
+    def expect_scaling(self, side: Side) -> None:
+        """Make room for what an equivalent transformation multiplies rows or columns by: the increment is multiplied with them."""
+        size = self.weight.shape[SIDES.index(side)]
+        setattr(self, side, torch.ones(size, device=self.weight.device))
 
-    def _scaling(self) -> Scaling | None:
-        return None if self.rows is None or self.columns is None else Scaling(self.rows, self.columns)
+    def _scaled(self, change: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """The increment as the weight is transformed. (By the factors of its product, their gradients would be products, too.)"""
+        change = change if self.rows is None else change * self.rows.unsqueeze(-1)
+        return change if self.columns is None else change * self.columns
 
     def _grouped(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out groups size"]:
         return weight.view(weight.shape[0], self.groups, -1)
@@ -204,13 +209,14 @@ class QuantizedLinear(nn.Module):
         """W', its scale and its zero point, differentiable. Always in float32: the codes must not depend on autocast."""
         with torch.autocast(self.weight.device.type, enabled=False):
             original = widened(self.weight)
-            weight = self.increment(original, self._scaling())
+            change = self.increment()
+            weight = original if change is None else original + self._scaled(change)
             # The range follows W', but only the bounds' factors are trained through it: the path through two extreme
             # weights a group is noise beside them. An equivalent transformation is another matter: one scale moves all
-            # of an outlying column, and so the step of every group that it is in. (The difference is zero.)
+            # of an outlying column, and so the step of every group that it is in.
             followed = weight.detach()
             if original.requires_grad:
-                followed = followed + (original - original.detach())
+                followed = original if change is None else original + self._scaled(change.detach())
             low, high = self._range(followed)
             if self.clipping is not None:
                 low, high = self.clipping(low, high)

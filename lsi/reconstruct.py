@@ -22,7 +22,7 @@ from lsi.equivalence import Equivalence
 from lsi.experts import expert_of
 from lsi.factors import Factorizer, factors_of
 from lsi.grid import Grid, QuantizedWeight, clip_to_weights
-from lsi.linear import DirectClipping, LearnedRounding, Parts, QuantizedLinear
+from lsi.linear import SIDES, DirectClipping, LearnedRounding, Parts, QuantizedLinear
 from lsi.objective import Frozen, LossKind, Objective, Outputs, Tokens, products_in
 from lsi.start import Batches, collect_moments
 from lsi.steps import Bounds, Group, Steps
@@ -134,8 +134,9 @@ class Reconstruction:
             factorizer=factorizer,
         )
         if self.equivalence is not None:
-            for linear in linears.values():
-                linear.follow()
+            for name, side in self.equivalence.scaled():
+                if name in linears:
+                    linears[name].expect_scaling(side)
         widen_rest(block, linears.values())
         if method.checkpoint:
             checkpoint_parts(block)
@@ -269,7 +270,7 @@ class Reconstruction:
     def folded(self) -> dict[str, Tensor]:
         """The block's other tensors that the equivalent transformation changes (norms, biases, routers), by name."""
         tensors = {} if self.equivalence is None else self.equivalence.transformed(self.block)
-        in_linears = {f"{name}.{tensor}" for name in self.linears for tensor in ("weight", "rows", "columns")}
+        in_linears = {f"{name}.{tensor}" for name in self.linears for tensor in ("weight", *SIDES)}
         return {name: tensor for name, tensor in tensors.items() if name not in in_linears}
 
     def export_lazily(self) -> dict[str, Later]:

@@ -48,9 +48,11 @@ def learning_rates(config: RunConfig) -> dict[str, float]:
     if not config.is_finetune:
         clipping, increment, rounding = 1e-1 if learned else 1 / total, DEFAULT_LEARNING_RATE, 1 / joined
     else:
-        # Its scales were made with care, and larger increments cost other texts more than they bring on its own
-        # (benchmarks/results). Codes begin on grid points, which only moves of more than half a step leave.
-        clipping, increment, rounding = 3e-3 if learned else 1.5e-3, 1.5e-2, 2 / joined
+        # Its scales were made with care, and larger increments cost other texts more than they bring on its own: in short
+        # runs, too (benchmarks/results). Codes begin on grid points, which only moves of more than half a step leave. Half of
+        # a sigmoid's slope is lost.
+        clipping = min(1.5e-3, 0.2 / total) * (2 if learned else 1)
+        increment, rounding = min(1.5e-2, 2 / joined), 2 / joined
     return {
         "clipping": optimizer.clipping_learning_rate or clipping,
         "increment": optimizer.increment_learning_rate or increment,

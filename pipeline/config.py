@@ -126,7 +126,7 @@ class MethodConfig(Section):
     band: int = Field(1, ge=0, description="diagonals on each side of the main one, of the band increment")
     factor_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="of U and Vh; auto: bfloat16 for linears of 16 million weights and more. Where compute.dtype is bfloat16, too, so are their products",
+        description="of U and Vh; auto: bfloat16 for linears of 16 million weights and more. U is multiplied in it where compute.dtype is bfloat16, too",
     )
     equivalence: list[Literal["norm", "value_output", "query_key", "up_down"]] | Literal["auto"] = Field(
         default=[],
@@ -200,7 +200,7 @@ class OptimizerConfig(Section):
     clipping_learning_rate: float | None = Field(
         None,
         gt=0,
-        description="for the clipping bounds. Default: 1e-1 before a sigmoid, direct: 1 / steps of a block; in a fine-tune 3e-3 and 1.5e-3",
+        description="for the clipping bounds. Default: 1e-1 before a sigmoid, direct: 1 / steps of a block; in a fine-tune direct at most 1.5e-3 and 0.2 / steps, the other twice that",
     )
     rounding_learning_rate: float | None = Field(
         None,
@@ -211,7 +211,7 @@ class OptimizerConfig(Section):
     increment_learning_rate: float | None = Field(
         None,
         gt=0,
-        description="in grid steps of each linear, before LET's scales, whatever the increment's kind. Default: 1e-2; 1.5e-2 in a fine-tune",
+        description="in grid steps of each linear, before LET's scales, whatever the increment's kind. Default: 1e-2; in a fine-tune at most 1.5e-2 and 2 / steps",
     )
     equivalence_learning_rate: float | None = Field(
         None, gt=0, description="of the logarithms of LET's scales, and of its shifts. Default: 5e-3"

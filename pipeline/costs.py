@@ -259,10 +259,8 @@ class Costs:
         stops = (len(chunks), *again)
         sizes: dict[str, list[float]] = {}
         for place, chunk in enumerate(chunks):
-            size, passes = (
-                self._activations(self._samples(place)),
-                sizes.setdefault(chunk.artifact.path, [0.0] * len(stops)),
-            )
+            size = self._activations(self._samples(place))
+            passes = sizes.setdefault(chunk.artifact.path, [0.0] * len(stops))
             for index, stop in enumerate(stops):
                 passes[index] += size if place < stop else 0.0
         return (Read(path, size, tuple(more)) for path, (size, *more) in sizes.items())

@@ -101,7 +101,7 @@ def scheme_of(source: PackedSource, skeleton: Skeleton) -> SchemeConfig:
     """The checkpoint's grid; skipped are the linears that it does not hold packed."""
     grid = source.grid
     if grid.bits not in BITS:
-        raise UserError(f"{source.store.url}: its weights have {grid.bits} bits, and only {BITS} are trained. {TAKES}")
+        raise UserError(f"{source.store.url}: its weights have {grid.bits} bits, and only {BITS} are trained; {TAKES}")
     plain = []
     for index, block in enumerate(skeleton.blocks):
         prefix = skeleton.block_prefix(index)

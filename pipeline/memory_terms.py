@@ -123,20 +123,30 @@ class BlockMemory:
         return math.prod(shape) >= MANY if self.engine.recompute is None else self.engine.recompute
 
     def _kept(self, shape: tuple[int, int]) -> float:
-        """What a linear that does not recompute keeps between the passes: W' and what the product has of W_hat, and factors
-        in float32 where they are kept narrower."""
+        """What a linear that does not recompute keeps between the passes: W' and what the product has of W_hat, factors in
+        float32 where they are kept narrower, and the increment where it is scaled."""
         if self._recomputes(shape):
             return 0.0
-        widened = 4.0 * sum(shape) * self._rank(shape) if self._factored() else 0.0
-        narrow = widened > size_of_factors(*shape, self.increment)
-        return math.prod(shape) * (4 + self.engine.products) + widened * narrow
+        whole = 4.0 * sum(shape) * self._rank(shape) if self._factored() else 0.0
+        widened = whole if whole > size_of_factors(*shape, self.increment) else 0.0
+        if self._multiplied_narrow(shape):
+            widened = 6.0 * shape[1] * self._rank(shape)
+        scaled = 8 if self.config.method.equivalence and self.increment.kind != "none" else 0
+        return math.prod(shape) * (4 + self.engine.products + scaled) + widened
+
+    def _multiplied_narrow(self, shape: tuple[int, int]) -> bool:
+        """Whether U is multiplied in the dtype that it is kept in."""
+        narrow = self._factored() and size_of_factors(*shape, self.increment) == 2 * sum(shape) * self._rank(shape)
+        return narrow and self.engine.products == 2
 
     def making(self, shape: tuple[int, int], *, training: bool = True) -> float:
         """What is made of a linear at once until there are its codes, or in training its gradients."""
         out, width = shape
         whole, rank = 4.0 * out * width, self._rank(shape) if self._factored() else 0
-        left, right = 4.0 * out * rank, 4.0 * width * rank
-        matrices = 3 if self.increment.kind != "none" else 2
+        narrow = self._multiplied_narrow(shape)
+        # U is widened, or it is as it is, and its product and M · Vh are there in its dtype, too.
+        left, right = (0.0, 6.0 * width * rank) if narrow else (4.0 * out * rank, 4.0 * width * rank)
+        matrices = 3.0 + narrow if self.increment.kind != "none" else 2.0
         matrices += self.config.method.rounding == "learned"
         # Where an equivalent transformation is trained, the range follows it by the difference of two more.
         matrices += 2 * (training and bool(self.config.method.equivalence))

@@ -232,6 +232,8 @@ class TrainTask(DoneByAll):
         if stream or best:
             now = result_of(trained.reconstruction, worker.context.dtype)
             loss = self._measure(worker, now, stream, pause)
+            if best and self.quantized:
+                best = self._with_few_clipped(worker, trained, best, pause)
             if best and loss < best.loss:
                 few = trained.reconstruction.untrained_experts()
                 best = Best(f"epoch {self.epoch}", loss, now, best.initial_loss, few)
@@ -247,6 +249,15 @@ class TrainTask(DoneByAll):
             assert best is not None
             return self._finish(worker, self.quantized, trained, best, status, history)
         return self._hand_on(worker, trained, best, history)
+
+    def _with_few_clipped(self, worker: Worker, trained: Trained, best: Best, pause: Callable[[], None]) -> Best:
+        """The initial result, if that is the best so far, with experts that saw few tokens clipped without data."""
+        few = trained.reconstruction.untrained_experts()
+        if best.result is not None or not few:
+            return best
+        clipped = trained.initial(worker, self.block)
+        loss = self._measure(worker, clipped, None, pause)
+        return replace(best, loss=loss, result=clipped, untrained_experts=few)
 
     def _or_rounded(self, worker: Worker, best: Best, pause: Callable[[], None]) -> tuple[Best, BlockStatus]:
         """After a number that was not finite: the best state if it is better than round-to-nearest, else that."""
@@ -343,8 +354,6 @@ class TrainTask(DoneByAll):
         status: BlockStatus,
         history: list[dict[str, Any]],
     ) -> dict[str, Any]:
-        if best.result is None:
-            best = replace(best, untrained_experts=trained.reconstruction.untrained_experts())
         meta = {"block": self.block, **ending(trained, best, status), "history": history}
         result = best.result or trained.initial(worker, self.block)
         if result.folded:

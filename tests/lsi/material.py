@@ -97,3 +97,9 @@ def make_task(*, seed: int = 0, bias: bool = False, samples: int = 2, length: in
     arguments = {"position_embeddings": rotary, "attention_mask": None}
     with torch.no_grad():
         return Task(inputs, make_layer(bias=bias)(inputs, **arguments), arguments)
+
+
+def incremented(module: nn.Module, weight: Tensor) -> Tensor:
+    """W' of an increment's module."""
+    change = module()
+    return weight if change is None else weight + change

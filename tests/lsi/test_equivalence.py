@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from material import Task
+from material import Task, incremented
 from tiny import CASES, HEAD_SIZE, HIDDEN, make_case
 from tolerances import assert_close, assert_same
 from torch import Tensor, nn
@@ -286,30 +286,47 @@ def test_shifts_lower_the_loss_further() -> None:
     assert losses[True] < losses[False]
 
 
-@pytest.mark.parametrize("kind", ["diagonal", "corner", "band", "dense"])
-@pytest.mark.parametrize("name", ["llama", "opt", "phi3"])
-def test_what_is_transformed_is_the_incremented_weight(name: str, kind: Kind) -> None:
-    """Away from both starts: as if W + U M Vh had been the block's weight, U and Vh being W's."""
-    block, _ = make_case(name)
+def moved(name: str, kind: Kind) -> tuple[Reconstruction, Reconstruction, Task]:
+    """A block in training, scales and increments at random places, and one without increments whose weights are the former's W'."""
+    block, task = make_case(name)
     plain, names = copy.deepcopy(block), names_of(block)
     parts = replace(METHOD.parts, increment=Increment(kind, corner=3))
     reconstruction = Reconstruction(block, names, replace(LET, parts=parts))
-    equivalence = random_equivalence(plain, kinds=TRAINED)
-    assert reconstruction.equivalence is not None
-    reconstruction.equivalence.load_state_dict(equivalence.state_dict())
     generator = torch.Generator().manual_seed(6)
     for n in names:
-        linear = quantized_linear(reconstruction.block, n)
-        for parameter in linear.increment.parameters():
+        increment = quantized_linear(reconstruction.block, n).increment
+        for parameter in increment.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator)
-        plain.get_submodule(n).weight.data = linear.increment(linear.weight.float()).detach()
-    expected = equivalence.transformed(plain)
+        weight = plain.get_submodule(n).weight
+        weight.data = incremented(increment, weight).detach()
+    other = Reconstruction(plain, names, LET)
+    state = random_equivalence(plain, kinds=TRAINED).state_dict()
+    for one in (reconstruction, other):
+        assert one.equivalence is not None
+        one.equivalence.load_state_dict(state)
+    return reconstruction, other, task
 
-    def weights() -> dict[str, Tensor]:
-        return {n: quantized_linear(reconstruction.block, n).transformed()[0] for n in names}
 
-    for n, weight in reconstruction.equivalence.within(reconstruction.block, weights).items():
-        assert_close(weight, expected.get(f"{n}.weight", tensor_of(plain, f"{n}.weight")))
+@pytest.mark.parametrize("kind", ["diagonal", "corner", "band", "dense"])
+@pytest.mark.parametrize("name", ["llama", "opt", "phi3"])
+def test_what_is_transformed_is_the_incremented_weight(name: str, kind: Kind) -> None:
+    """Weights, and the scales' gradients, are those of a block whose weights are W'."""
+    weights, gradients = [], []
+    first, second, task = moved(name, kind)
+    for one in (first, second):
+        let = one.equivalence
+        assert let is not None
+
+        def backward(one: Reconstruction = one) -> dict[str, Tensor]:
+            output = run_block(one.block, task.inputs, task.arguments)
+            token_losses(output, task.targets, "relative").mean().backward()
+            return {n: linear.transformed()[0].detach() for n, linear in one.linears.items()}
+
+        weights.append(let.within(one.block, backward))
+        gradients.append({n: parameter.grad for n, parameter in let.log_scale.items()})
+    for found, expected in (weights, gradients):
+        for n, tensor in found.items():
+            assert_close(tensor, expected[n])
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "qwen2", "mixtral-opened"])
@@ -341,12 +358,17 @@ def test_folded_names_norms_biases_and_what_is_not_quantized() -> None:
     assert Reconstruction(block, names_of(block), METHOD).folded() == {}
 
 
+@pytest.mark.parametrize("narrow", [None, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["llama", "opt"])
-def test_state_goes_on_elsewhere_bit_for_bit(name: str) -> None:
+def test_state_goes_on_elsewhere_bit_for_bit(name: str, narrow: torch.dtype | None) -> None:
     def begin() -> tuple[Reconstruction, Task]:
         block, task = with_outliers(name)
         fold(smoothed(block, task, shifts=name == "opt"), block)
-        method = replace(LET, shifts=name == "opt", parts=DIAGONAL)
+        method = replace(
+            LET,
+            shifts=name == "opt",
+            parts=replace(DIAGONAL, increment=Increment("diagonal", factors=narrow, products=narrow)),
+        )
         return Reconstruction(block, names_of(block), method), task
 
     def steps(reconstruction: Reconstruction, task: Task, count: int) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from material import normal
+from material import incremented, normal
 from tolerances import assert_close, assert_same
 from torch import Tensor
 
@@ -34,7 +34,7 @@ def step_of(weight: Tensor, groups: int = 2) -> Tensor:
 @KIND
 def test_begins_at_the_weight_itself(kind: Increment, shape: tuple[int, int]) -> None:
     weight = normal(*shape)
-    assert_same(make_increment(kind, weight, step_of(weight))(weight), weight)
+    assert_same(incremented(make_increment(kind, weight, step_of(weight)), weight), weight)
 
 
 @SHAPES
@@ -44,7 +44,7 @@ def test_diagonal_equals_incremented_singular_values(shape: tuple[int, int]) -> 
     module = diagonal(weight)
     module.diagonal.data = normal(min(shape), seed=1)
     left, singular, right = torch.linalg.svd(weight, full_matrices=False)
-    assert_close(module(weight), left @ torch.diag(singular + module.diagonal) @ right)
+    assert_close(incremented(module, weight), left @ torch.diag(singular + module.diagonal) @ right)
 
 
 @SHAPES
@@ -52,7 +52,7 @@ def test_singular_values_are_counted_from_the_largest(shape: tuple[int, int]) ->
     weight = normal(*shape)
     module = diagonal(weight)
     module.diagonal.data[0] = 2.5
-    before, after = torch.linalg.svdvals(weight), torch.linalg.svdvals(module(weight))
+    before, after = torch.linalg.svdvals(weight), torch.linalg.svdvals(incremented(module, weight))
     expected = before.clone()
     expected[0] += 2.5
     assert_close(after, expected)
@@ -62,7 +62,7 @@ def test_singular_values_are_counted_from_the_largest(shape: tuple[int, int]) ->
 def test_diagonal_gradient_is_u_g_v(shape: tuple[int, int]) -> None:
     weight, gradient = normal(*shape), normal(*shape, seed=2)
     module = diagonal(weight)
-    module(weight).backward(gradient)
+    incremented(module, weight).backward(gradient)
     left, _, right = torch.linalg.svd(weight, full_matrices=False)
     expected = torch.stack([left[:, j] @ gradient @ right[j] for j in range(min(shape))])
     assert module.diagonal.grad is not None
@@ -112,16 +112,16 @@ def test_dense_is_a_free_difference_in_grid_steps() -> None:
     module = DenseIncrement(weight, step)
     module.increment.data = delta
     expected = weight + delta * step.repeat_interleave(4, dim=1)
-    assert_same(module(weight), expected)
+    assert_same(incremented(module, weight), expected)
     module.increment.data = delta / step.repeat_interleave(4, dim=1)
-    assert_close(module(weight), weight + delta)
+    assert_close(incremented(module, weight), weight + delta)
 
 
 def test_dense_gradient_is_in_grid_steps() -> None:
     weight, gradient = normal(6, 8), normal(6, 8, seed=2)
     step = step_of(weight)
     module = DenseIncrement(weight, step)
-    module(weight).backward(gradient)
+    incremented(module, weight).backward(gradient)
     assert module.increment.grad is not None
     assert_same(module.increment.grad, gradient * step.repeat_interleave(4, dim=1))
 
@@ -151,7 +151,7 @@ def test_equals_the_product_of_the_factors(increment: Increment, shape: tuple[in
         parameter.data = normal(*parameter.shape, seed=seed + 1)
     rank = increment.rank or min(shape)
     left, right = factorize(weight, rank)
-    assert_close(module(weight), weight + left @ middle_of(module, rank) @ right)
+    assert_close(incremented(module, weight), weight + left @ middle_of(module, rank) @ right)
 
 
 @pytest.mark.parametrize("kind", ["diagonal", "corner", "band"])
@@ -161,10 +161,10 @@ def test_narrow_products_are_those_of_float32_but_for_their_rounding(kind: Kind)
     found = []
     for products in (None, narrow):
         module = factored(weight, Increment(kind, corner=8, factors=narrow, products=products))
-        assert_same(module(weight), weight)
+        assert_same(incremented(module, weight), weight)
         for seed, parameter in enumerate(module.parameters()):
             parameter.data = normal(*parameter.shape, seed=20 + seed)
-        moved = module(weight)
+        moved = incremented(module, weight)
         moved.backward(gradient)
         found.append([moved - weight, *(parameter.grad for parameter in module.parameters())])
     for wide, narrowed in zip(*found, strict=True):
@@ -181,7 +181,7 @@ def test_a_band_as_wide_as_the_matrix_is_every_entry() -> None:
     for offset in range(-7, 8):
         inside = rows[(rows + offset >= 0) & (rows + offset < 8)]
         band.band.data[offset + 7, inside] = middle[inside, inside + offset]
-    assert_close(band(weight), dense(weight))
+    assert_close(incremented(band, weight), incremented(dense, weight))
 
 
 def test_shifted_rows() -> None:
@@ -201,7 +201,7 @@ def test_entries_of_one_step_change_the_weights_by_one_step(increment: Increment
     for parameter in module.parameters():
         parameter.data = torch.randint(0, 2, parameter.shape, generator=generator) * 2.0 - 1
     parts = len(list(module.parameters()))
-    change = (module(weight) - weight).square().mean().sqrt().item()
+    change = (incremented(module, weight) - weight).square().mean().sqrt().item()
     assert change == pytest.approx(0.25 * parts**0.5, rel=0.2)
 
 

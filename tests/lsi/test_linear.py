@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from material import assert_same_weight, hard_weights, linear_of, normal, numeric_gradient
+from material import assert_same_weight, hard_weights, incremented, linear_of, normal, numeric_gradient
 from tolerances import assert_close, assert_same
 from torch import Tensor, nn
 from torch.nn import functional
@@ -64,7 +64,7 @@ def test_stays_round_to_nearest_of_the_moved_weight(symmetric: bool, kind: str) 
     """The range follows W'."""
     grid = Grid(3, 4, symmetric)
     linear = move(make(normal(6, 8), grid, increment=kind))
-    moved = linear.increment(linear.weight).detach()
+    moved = incremented(linear.increment, linear.weight).detach()
     assert (kind == "none") == torch.equal(moved, linear.weight)
     assert_same_weight(linear.quantized(), round_to_nearest(moved, grid, torch.float32))
 
@@ -102,7 +102,7 @@ def test_half_precision_weights_are_computed_with_in_float32() -> None:
     weight, bias = normal(6, 8).bfloat16(), normal(6, seed=1).bfloat16()
     linear = make(weight, Grid(3, 4, symmetric=False), increment="diagonal", bias=bias)
     assert_same(linear.weight, weight)
-    assert_same(linear.increment(linear.weight.float()), weight.float())
+    assert_same(incremented(linear.increment, linear.weight.float()), weight.float())
     assert linear.bias is not None
     assert_same(linear.bias, bias.float())
     assert {parameter.dtype for parameter in linear.parameters()} == {torch.float32}

@@ -49,6 +49,17 @@ def test_training_begins_at_the_start(grid: Grid, clipping: Clipping, dtype: tor
         assert torch.equal(now.scale, start.scale)
 
 
+@pytest.mark.parametrize("clipping", ["direct", "learned"])
+def test_the_range_of_a_grid_may_grow(clipping: Clipping) -> None:
+    grid = Grid(3, 16, symmetric=False)
+    start = start_of(grid, torch.float32)
+    linear = QuantizedLinear(nn.Linear(64, 24), grid, Parts(clipping, Increment("none"), False, torch.float32), start)
+    assert linear.clipping is not None
+    for bound in (linear.clipping.lower, linear.clipping.upper):
+        bound.data += 0.5
+    assert (linear.quantized().scale > 1.2 * start.scale).all()
+
+
 def test_the_loss_of_the_next_token_is_the_cross_entropy() -> None:
     generator = torch.Generator().manual_seed(0)
     logits, tokens = torch.randn(3, 5, 7, generator=generator), torch.randint(0, 7, (3, 5), generator=generator)

@@ -60,6 +60,14 @@ CASES: dict[str, tuple[Any, int, dict[str, Any], dict[str, Any]]] = {
     "rounding": (LLAMA, 64, {"increment": "none", "rounding": "learned"}, AGAIN),
     "narrow, all kept": (LLAMA, 64, RANKED, {"dtype": "bfloat16"}),
     "equivalence": (LLAMA, 64, {**RANKED, "equivalence": "auto"}, AGAIN),
+    "equivalence, all kept": (LLAMA, 64, {"increment": "diagonal", "equivalence": "auto"}, {}),
+    "bfloat16 factors": (LLAMA, 64, {"increment": "diagonal", "factor_dtype": "bfloat16"}, {"dtype": "bfloat16"}),
+    "bfloat16 factors, again": (
+        LLAMA,
+        64,
+        {"increment": "diagonal", "factor_dtype": "bfloat16"},
+        {**AGAIN, "dtype": "bfloat16"},
+    ),
     "not gated": (OPT, 512, RANKED, AGAIN),
 }
 
@@ -128,6 +136,11 @@ def make_context(config: RunConfig, products: torch.dtype | None) -> Any:
     from pipeline.worker import Context
 
     return Context(config, "", "", "", torch.bfloat16, products)
+
+
+@pytest.mark.parametrize("products", [None, torch.bfloat16])
+def test_factors_are_multiplied_in_the_dtype_of_training(products: torch.dtype | None) -> None:
+    assert make_method(make_context(given(), products)).parts.increment.products is products
 
 
 @pytest.mark.parametrize("case", CASES)
