@@ -21,10 +21,9 @@ assets/news.txt: | $(VENV)/.installed
 quickstart: install assets/news.txt
 	$(BIN)/lsi quantize configs/quickstart.yaml
 
-# Two processes, a file of tests each, in their order (by the number of tests, the slowest would come last): most tests wait for
-# processes of their own or compute on one thread.
+# Two processes, a file of tests each: most tests wait for processes of their own or compute on one thread.
 test: install assets/news.txt
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: install
 	$(BIN)/ruff check .
