@@ -11,6 +11,7 @@ from pipeline.config import MethodConfig, RunConfig, SchemeConfig
 from pipeline.errors import UserError
 from pipeline.merge import unpublished
 from pipeline.mixture import has_mixture
+from pipeline.packed_format import unreadable
 from pipeline.skeleton import Skeleton, check_groups
 
 
@@ -29,6 +30,7 @@ def check_scheme(config: RunConfig, skeleton: Skeleton) -> None:
     for index in range(len(skeleton)):
         names = linear_names(skeleton.blocks[index], skeleton.block_prefix(index), config.scheme.skip)
         check_groups(skeleton, index, names, config.scheme.group_size)
+        check_readable(skeleton, index, names, config.scheme)
         check_rank(skeleton, index, names, config.method)
         check_experts(skeleton, index, names, config.scheme)
         found = found or bool(names)
@@ -46,6 +48,19 @@ def check_purpose(config: RunConfig, skeleton: Skeleton) -> None:
         raise UserError(
             f"nothing would come of this run: no checkpoint is published because {reason}, and evaluation.texts names no text "
             "to evaluate on; give one there"
+        )
+
+
+def check_readable(skeleton: Skeleton, index: int, names: list[str], scheme: SchemeConfig) -> None:
+    """Refuse linears that compressed-tensors would save and not load."""
+    if scheme.activation_bits:
+        return
+    linears = {name: get_linear(skeleton.blocks[index], name) for name in names}
+    if small := [n for n, one in linears.items() if unreadable(one.out_features, one.in_features, scheme.grid)]:
+        listed = ", ".join(f"{name} ({linears[name].out_features})" for name in small)
+        raise UserError(
+            f"scheme.symmetric is false, but compressed-tensors cannot load the zero points of 4 bits of linears with 8 outputs or less, in "
+            f"groups: {listed}; set scheme.symmetric to true, scheme.group_size to null, or add them to scheme.skip"
         )
 
 

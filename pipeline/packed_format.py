@@ -56,6 +56,13 @@ def refusal(bits: int, activations: Grid | None, *, operands: bool) -> str | Non
     return "quantized q, k and v are served by no engine (scheme.quantize_qkv false is)" if operands else None
 
 
+def unreadable(out_features: int, in_features: int, scheme: Grid) -> bool:
+    """Whether compressed-tensors 0.20 saves but cannot load such a pack-quantized linear: zero points of 4 bits that fill no more than
+    one word (8 outputs) in several groups (see `unpack_linear`)."""
+    groups = _group_count("", in_features, scheme.group_size)
+    return scheme.bits == 4 and not scheme.symmetric and out_features * 4 <= WORD_BITS and groups > 1
+
+
 def format_of(activation_bits: int | None) -> CompressionFormat:
     """The form in which codes are stored."""
     return CompressionFormat.pack_quantized if activation_bits is None else CompressionFormat.int_quantized

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lsi.grid import Grid
 from pipeline import packed_format
-from pipeline.packed_format import pack_linear, packed_layout, quantization_config, unpack_linear
+from pipeline.packed_format import pack_linear, packed_layout, quantization_config, unpack_linear, unreadable
 
 BITS = [2, 3, 4, 6, 8]
 GRIDS = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
@@ -179,6 +179,7 @@ def test_integers_equal_the_library_compressor(
 def test_library_cannot_unpack_up_to_eight_outputs_at_four_bits_asymmetric() -> None:
     """Ours can. The day the library can too, the copy in `unpack_linear` and its comment can go."""
     for out, fails in [(8, True), (9, False)]:
+        assert unreadable(out, 96, Grid(4, 32, False)) == fails
         linear = random_linear(out, 96, 4, 32, False, torch.float32)
         state = {key.removeprefix("x."): tensor for key, tensor in pack("x", linear).items()}
         scheme = QuantizationScheme(targets=["Linear"], weights=library_args(4, 32, False))
@@ -189,6 +190,9 @@ def test_library_cannot_unpack_up_to_eight_outputs_at_four_bits_asymmetric() -> 
             weight = PackedQuantizationCompressor.decompress(state, scheme)["weight"]
             assert_same(weight, linear.weight(torch.float32))
         assert_same(unpack_linear("x", pack("x", linear), 4, False)[2], linear.zero_point)
+    # Other widths, one group, and grids without zero points are read.
+    for readable in (Grid(3, 32, False), Grid(4, 96, False), Grid(4, None, False), Grid(4, 32, True)):
+        assert not unreadable(8, 96, readable)
 
 
 def test_what_does_not_fit_is_refused() -> None:

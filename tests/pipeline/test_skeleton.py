@@ -33,6 +33,8 @@ from transformers import (
     T5Config,
 )
 
+from pipeline.checks import check_readable
+from pipeline.config import SchemeConfig
 from pipeline.errors import UserError
 from pipeline.mixture import original_names
 from pipeline.model_source import SINGLE, ModelSource, open_model
@@ -321,6 +323,16 @@ def test_missing_tensor_is_named(
 def smollm_skeleton() -> Skeleton:
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
     return make_skeleton(LlamaConfig(**GROUPED | sizes))
+
+
+def test_zero_points_that_the_library_cannot_load_are_refused() -> None:
+    skeleton = make_skeleton(LlamaConfig(**GROUPED | {"num_key_value_heads": 1, "head_dim": 8}))
+    names = ["self_attn.q_proj", "self_attn.k_proj"]
+    scheme = SchemeConfig(bits=4, group_size=32)
+    with pytest.raises(UserError, match=r"with 8 outputs or less, in groups: self_attn\.k_proj \(8\); set scheme"):
+        check_readable(skeleton, 0, names, scheme)
+    for other in ({"symmetric": True}, {"group_size": None}, {"bits": 3}, {"activation_bits": 8}):
+        check_readable(skeleton, 0, names, scheme.model_copy(update=other))
 
 
 def test_group_size_that_does_not_divide_names_linears_and_sizes() -> None:
