@@ -37,6 +37,12 @@ def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
             raise UserError(
                 f"architecture {config.model_type!r} is no causal language model that transformers knows: {error}"
             ) from error
+    text = config.get_text_config()
+    if text is not config:
+        raise UserError(
+            f"{type(model).__name__} is a language model ({text.model_type}) with other parts beside it, which is not supported: "
+            "save the language model alone, with its own config.json, and quantize that"
+        )
     model.tie_weights()
     return model.eval()
 

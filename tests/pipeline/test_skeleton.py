@@ -15,6 +15,7 @@ from transformers import (
     CohereConfig,
     FalconConfig,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -179,6 +180,13 @@ def test_families_that_are_not_supported(tiny_model: TinyModel, tmp_path: Path) 
 def test_no_causal_language_model() -> None:
     with pytest.raises(UserError, match="architecture 't5' is no causal language model"):
         make_skeleton(T5Config())
+
+
+def test_a_language_model_beside_other_parts() -> None:
+    with pytest.raises(
+        UserError, match=r"Gemma3ForConditionalGeneration is a language model \(gemma3_text\) with other"
+    ):
+        make_skeleton(Gemma3Config(text_config=GROUPED))
 
 
 def test_no_list_of_decoder_blocks() -> None:
