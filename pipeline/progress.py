@@ -40,6 +40,7 @@ STAGES = {
     "inspect": "read weights",
     "capture": "capture",
     "optimize": "optimize",
+    "sweep": "sweep",
     "end_to_end": "end to end",
     "evaluate": "evaluate",
     "merge": "merge",

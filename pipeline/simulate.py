@@ -123,7 +123,8 @@ class _Seat:
 
     def remember(self, cost: Cost) -> None:
         self.block = cost.block if cost.block is not None else self.block
-        self.state = cost.new_state
+        if cost.state or cost.new_state:
+            self.state = cost.new_state
         if cost.releases:
             self.block, self.state, self.kept = None, None, {}
 
