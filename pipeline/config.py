@@ -252,7 +252,7 @@ class ScheduleConfig(Section):
 
     kind: Literal["sequential", "parallel", "wave"] = Field(
         "parallel",
-        description="sequential: on the finished blocks before it; parallel: on their state one epoch ago; wave: on their state in the same epoch",
+        description="sequential: on the finished blocks before it; parallel: on all blocks before it, in their state at the last refresh; wave: on their state in the same epoch",
     )
     refresh_every: int = Field(
         1, ge=0, description="parallel and wave: renew the inputs every k-th epoch; 0: never (full-precision inputs)"
