@@ -251,8 +251,9 @@ class ScheduleConfig(Section):
     """What a block trains on, and so which blocks can train at the same time."""
 
     kind: Literal["sequential", "parallel", "wave"] = Field(
-        "parallel",
-        description="sequential: on the finished blocks before it; parallel: on all blocks before it, in their state at the last refresh; wave: on their state in the same epoch",
+        "wave",
+        description="sequential: on the finished blocks before it; wave: on the block before it in the same epoch; parallel: on all blocks before it as they "
+        "were at the last refresh. This is from the best result to the most blocks at once",
     )
     refresh_every: int = Field(
         1, ge=0, description="parallel and wave: renew the inputs every k-th epoch; 0: never (full-precision inputs)"

@@ -9,7 +9,7 @@ A preset is a YAML file of configs/presets:
 
 Values of `set` hold always; of the rules whose every condition is met, each one's values replace those before it; the values in
 the user's own file and on the command line replace all, and a schedule of another kind the preset's whole one. Conditions:
-bits (one, or a list), grouped (whether inputs are in groups), symmetric.
+bits (one, or a list), grouped (whether inputs are in groups), symmetric, activations (whether they are quantized, too).
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def met(condition: dict[str, Any], scheme: dict[str, Any]) -> bool:
         "bits": scheme["bits"],
         "grouped": scheme["group_size"] is not None,
         "symmetric": scheme["symmetric"],
+        "activations": scheme["activation_bits"] is not None,
     }
     return all(facts[name] in (wanted if isinstance(wanted, list) else [wanted]) for name, wanted in condition.items())
 

@@ -62,16 +62,22 @@ def test_the_published_increment_has_its_corner_in_groups(group_size: int | None
     assert parse_config(tree(preset="paper", scheme={"group_size": group_size})).method.increment == kind
 
 
+@pytest.mark.parametrize("name", ["best", "fast"])
+def test_channels_are_scaled_where_activations_are_quantized(name: str) -> None:
+    for scheme, equivalence in (({"bits": 8, "activation_bits": 8}, "auto"), ({"bits": 4}, [])):
+        assert parse_config(tree(preset=name, scheme=scheme)).method.equivalence == equivalence
+
+
 @pytest.mark.usefixtures("ruled")
 @pytest.mark.parametrize(
     ("scheme", "epochs", "clipping", "schedule"),
     [
-        ({"bits": 4}, 5, "learned", "parallel"),
-        ({"bits": 3}, 7, "learned", "parallel"),
-        ({"bits": 2}, 7, "learned", "parallel"),
-        ({"bits": 2, "group_size": None}, 9, "none", "parallel"),
+        ({"bits": 4}, 5, "learned", "wave"),
+        ({"bits": 3}, 7, "learned", "wave"),
+        ({"bits": 2}, 7, "learned", "wave"),
+        ({"bits": 2, "group_size": None}, 9, "none", "wave"),
         ({"bits": 3, "group_size": None, "symmetric": True}, 7, "learned", "sequential"),
-        ({}, 5, "learned", "parallel"),
+        ({}, 5, "learned", "wave"),
     ],
 )
 def test_rules_apply_to_their_schemes_and_the_later_one_wins(
