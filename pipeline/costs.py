@@ -33,7 +33,6 @@ from pipeline.evaluate import EvaluateTask
 from pipeline.graph import Inputs, Node
 from pipeline.merge import MergeTask
 from pipeline.optimize import COMPARED_SAMPLES, TrainTask
-from pipeline.sweep import SweepTask
 from pipeline.worker import Chunk
 
 _FAKE_QUANTIZATION = 160  # ten passes forward and ten backward, each reading and writing four bytes
@@ -125,8 +124,6 @@ class Costs:
                 return Cost(weights=self.outer_bytes, writes=((task.out.path, size),))
             case CaptureTask() as task:
                 return self._capture(task)
-            case SweepTask() as task:
-                return self._sweep(task)
             case TrainTask() as task:
                 return self._train(task)
             case GradientTask() as task:
@@ -212,16 +209,6 @@ class Costs:
             writes=((task.out.path, size),),
         )
 
-    def _sweep(self, task: SweepTask) -> Cost:
-        """A worker holds what it swept last; the units of one block go to one worker, one after another."""
-        samples = self._samples(int(task.out.name.rpartition("-")[2]))
-        size = self._activations(samples)
-        return Cost(
-            compute=self._pass(samples),
-            reads=(Read(task.inputs.artifact.path, size), Read(task.quantized.path, self.codes)),
-            writes=((task.out.path, size),),
-        )
-
     def _train(self, task: TrainTask) -> Cost:
         compared = task.comparison != "none"
         method = self.config.method
@@ -240,8 +227,6 @@ class Costs:
             writes.append((task.stream.path, self._activations(samples)))
         if task.state:
             writes.append((task.state.path, self.state_bytes(compared)))
-        if task.snapshot:
-            writes.append((task.snapshot.path, self.codes))
         if task.quantized:
             writes.append((task.quantized.path, self.codes))
         begins = task.previous is None
@@ -256,7 +241,7 @@ class Costs:
             compute=begins * self.beginning()
             + self.epoch(task.ahead)
             + measuring
-            + max(states, bool(task.snapshot)) * self.codes_of_a_state()
+            + states * self.codes_of_a_state()
             + smooths * forward,
             block=task.block,
             weights=(1 + task.ahead) * self.block_bytes,

@@ -1,6 +1,7 @@
 """A block without training: round-to-nearest, which needs the weights alone.
 
-It is what no epochs give, and what takes the place of a block whose training failed for good (`pipeline.quarantine`).
+It is what no epochs give, and what takes the place of a block whose training failed for good (`pipeline.quarantine`). In a
+chain of blocks that train, a second unit then runs the rounded block over its inputs, for the blocks after it.
 """
 
 from __future__ import annotations
@@ -8,10 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lsi.block import round_block
+import torch
+
+from lsi.block import outputs_of, round_block
 from pipeline.artifacts import Artifact, Writer
-from pipeline.block_state import WEIGHTS_FILE, BlockResult
-from pipeline.worker import Worker
+from pipeline.block_state import WEIGHTS_FILE, BlockResult, as_loaded, read_result
+from pipeline.capture import write_chunk
+from pipeline.optimize import stream_file
+from pipeline.worker import Chunk, Worker
+from pipeline.write_behind import behind
 
 
 @dataclass(frozen=True)
@@ -41,3 +47,29 @@ class RoundTask:
             }
         )
         return {"status": status}
+
+
+@dataclass(frozen=True)
+class StreamTask:
+    """The outputs of a rounded block on the chunks of its inputs: what the next block trains on."""
+
+    block: int
+    inputs: tuple[Chunk, ...]
+    quantized: Artifact
+    stream: Artifact
+
+    @torch.no_grad()
+    def __call__(self, worker: Worker) -> dict[str, Any]:
+        worker.chunks.drop_except({chunk.artifact.path for chunk in self.inputs})
+        worker.chunks.prefetch(self.inputs[:1])  # arrives while the weights do
+        block = as_loaded(worker, self.block, read_result(worker.store, self.quantized))
+        writer = Writer(worker.store, self.stream)
+        with behind(writer) as files:
+            for place, chunk in enumerate(self.inputs):
+                worker.leave_if_asked()
+                worker.chunks.prefetch(self.inputs[place : place + 2])
+                hidden = worker.chunks.get(chunk).to(worker.device)
+                output = outputs_of(block, hidden, worker.arguments(self.block, hidden.shape[1]))
+                write_chunk(files, stream_file(place), output)
+        writer.commit({"loss": None, "stamp": worker.stamp()})
+        return {}

@@ -151,18 +151,7 @@ class TuneBuilder(Builder):
             quantized = results[0] if results else None
             compare: Comparison = "goes_on" if epoch else "begins"
             task = TuneTask(
-                self.first,
-                epoch,
-                chunks,
-                targets,
-                previous,
-                state,
-                None,
-                None,
-                quantized,
-                compare,
-                key,
-                results=results,
+                self.first, epoch, chunks, targets, previous, state, None, quantized, compare, key, results=results
             )
             reads = (*inputs, *((previous,) if previous else ()))
             makes = results or ((state,) if state else ())

@@ -16,17 +16,16 @@ from pipeline.artifacts import Artifact, digest
 from pipeline.block_state import learning_rates
 from pipeline.capture import CHUNK_FILE, CaptureTask, EmbedTask
 from pipeline.config import RunConfig, ScheduleConfig
-from pipeline.data_free import RoundTask
+from pipeline.data_free import RoundTask, StreamTask
 from pipeline.end_to_end import GradientTask, ScaledTask, Share, UpdateTask, compared_of, steps_of
 from pipeline.evaluate import EvaluateTask, Variant
 from pipeline.merge import MergeTask
 from pipeline.optimize import Comparison, TrainTask, stream_file
 from pipeline.partial import unit_name
-from pipeline.sweep import SweepTask
 from pipeline.worker import Chunk, Task
 
 # Artifacts that are deleted once their last reader has committed.
-TRANSIENT = ("hidden", "stream", "state", "snapshot", "partial", "gradient", "scales")
+TRANSIENT = ("hidden", "stream", "state", "partial", "gradient", "scales")
 KINDS = (*TRANSIENT, "factors", "quarantine", "quantized", "scaled", "evaluation", "shard")
 # Blocks that one unit of the quantized model's evaluation passes.
 EVALUATION_PART = 10
@@ -124,7 +123,7 @@ class Inputs:
 def input_epoch(schedule: ScheduleConfig, epoch: int, epochs: int) -> int | None:
     """The epoch after which the block before is taken, for the inputs of `epoch`; None: the full-precision stream.
 
-    sequential: the last. parallel: the one before the latest refresh, at which the samples pass all blocks. wave: the one of the latest refresh, or `lead` epochs
+    sequential: the last. parallel: the one before the latest refresh. wave: the one of the latest refresh, or `lead` epochs
     later, so that a block's last epochs train on inputs that have settled.
     """
     if schedule.kind == "sequential":
@@ -150,11 +149,6 @@ def chunk_ranges(samples: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, samples)) for start in range(0, samples, size)]
 
 
-def artifacts_of(chunks: Iterable[Chunk]) -> tuple[Artifact, ...]:
-    """Those that hold some chunks, each once."""
-    return tuple(dict.fromkeys(chunk.artifact for chunk in chunks))
-
-
 def _last_part(blocks: int) -> int:
     """The first block of the last part of an evaluation."""
     return (blocks - 1) // EVALUATION_PART * EVALUATION_PART
@@ -176,10 +170,7 @@ class Builder:
         self.base = {"algorithm": ALGORITHM, "compute": dict(inputs.compute), "model": inputs.model_config_digest}
         self.ranges = chunk_ranges(self.config.data.samples, self.config.storage.chunk_samples)
         self.hidden: list[list[Artifact]] = []
-        # What a block's outputs after an epoch are, where the block after reads them.
-        self.streams: dict[tuple[int, int], tuple[Chunk, ...]] = {}
-        # Outputs of sweeps, by the path of what a block is quantized to, and its inputs.
-        self.swept: dict[tuple[str, Chunk], Artifact] = {}
+        self.streams: dict[tuple[int, int], Artifact] = {}
         self.quantized: list[Artifact] = []
         # What is evaluated and merged: the blocks' results, or these with scales trained end to end.
         self.final: list[Artifact] = []
@@ -198,9 +189,7 @@ class Builder:
                 while len(self.hidden) <= self._target(block):
                     self._capture(len(self.hidden) - 1)
                 if block in self.inputs.quarantined:
-                    rounded = self._round(block, "round")
-                    for epoch in range(self.config.optimizer.epochs):
-                        self._sweep(block, epoch, rounded)
+                    self._stream_rounded(block, self._round(block, "round"))
                 else:
                     self._train(block)
         else:
@@ -249,11 +238,13 @@ class Builder:
         readers = (input_epoch(self.config.schedule, e, epochs) for e in range(epochs))
         return block + 1 < self.inputs.blocks and epoch in readers
 
-    def _inputs(self, block: int, source: int | None) -> tuple[Chunk, ...]:
-        """What enters a block, by the epoch after which the block before is taken."""
+    def _input_chunks(self, block: int, epoch: int) -> tuple[tuple[Chunk, ...], tuple[Artifact, ...]]:
+        source = input_epoch(self.config.schedule, epoch, self.config.optimizer.epochs)
         if block == 0 or source is None:
-            return tuple(Chunk(artifact, CHUNK_FILE) for artifact in self.hidden[block])
-        return self.streams[block - 1, source]
+            artifacts = tuple(self.hidden[block])
+            return tuple(Chunk(a, CHUNK_FILE) for a in artifacts), artifacts
+        stream = self.streams[block - 1, source]
+        return tuple(Chunk(stream, stream_file(c)) for c in range(len(self.ranges))), (stream,)
 
     def _settings(self, *sections: str) -> dict[str, Any]:
         """What of the configuration decides a training unit's bytes. Defaults do as much as what was typed."""
@@ -268,8 +259,7 @@ class Builder:
         ahead, targets = self._ahead(block), self.hidden[self._target(block)]
         previous: Artifact | None = None
         for epoch in range(epochs):
-            inputs = self._inputs(block, input_epoch(config.schedule, epoch, epochs))
-            sources = artifacts_of(inputs)
+            inputs, sources = self._input_chunks(block, epoch)
             # Under a schedule block 0's inputs never change, but its losses are compared like every other block's.
             compare = comparison(config.schedule, epoch, epochs)
             key = self.key(
@@ -287,24 +277,17 @@ class Builder:
             name = unit_name(block, epoch)
             state = None if last else Artifact("state", name, key)
             quantized = Artifact("quantized", f"block-{block:03d}", key) if last else None
-            handed_on = self._needs_stream(block, epoch)
-            swept = handed_on and config.schedule.kind == "parallel"
-            stream = Artifact("stream", name, key) if handed_on and not swept else None
-            snapshot = Artifact("snapshot", name, key) if swept else None
+            stream = Artifact("stream", name, key) if self._needs_stream(block, epoch) else None
             if stream:
-                self.streams[block, epoch] = tuple(Chunk(stream, stream_file(c)) for c in range(len(self.ranges)))
+                self.streams[block, epoch] = stream
             if quantized:
                 self.quantized.append(quantized)
             chunks = tuple(Chunk(a, CHUNK_FILE) for a in targets)
-            task = TrainTask(
-                block, epoch, inputs, chunks, previous, state, stream, snapshot, quantized, compare, key, ahead
-            )
+            task = TrainTask(block, epoch, inputs, chunks, previous, state, stream, quantized, compare, key, ahead)
             reads = (*sources, *targets, *((previous,) if previous else ()))
-            makes = tuple(a for a in (stream, snapshot, state, quantized) if a)
+            makes = tuple(a for a in (stream, state, quantized) if a)
             node_name = f"optimize/{block:03d}/{epoch:03d}"
             self.add(Node(node_name, "optimize", block, task, reads, makes, (block, 1, epoch), f"block {block}"))
-            if snapshot:
-                self._sweep(block, epoch, snapshot)
             previous = state
 
     def _round(self, block: int, name: str) -> Artifact:
@@ -318,26 +301,21 @@ class Builder:
         self.add(Node(f"optimize/{block:03d}/{name}", "optimize", block, task, (), (out,), (block, 1, 0)))
         return out
 
-    def _sweep(self, block: int, epoch: int, quantized: Artifact) -> None:
-        """What the block after trains on, where this block's training does not write it: the outputs of what it is quantized to
-        after an epoch, each chunk's once for each of its inputs."""
-        if not self._needs_stream(block, epoch):
-            return
-        # Under `parallel` the samples pass all blocks as they are after this epoch; else a block runs on what it would train on.
-        swept = self.config.schedule.kind == "parallel"
-        source = epoch if swept else input_epoch(self.config.schedule, epoch, self.config.optimizer.epochs)
-        made = []
-        for place, chunk in enumerate(self._inputs(block, source)):
-            pair = quantized.path, chunk
-            if pair not in self.swept:
-                key = self.key("sweep", quantized=quantized.key, inputs=[chunk.artifact.key, chunk.file])
-                self.swept[pair] = out = Artifact("stream", f"{unit_name(block, epoch)}-chunk-{place:05d}", key)
-                task = SweepTask(block, chunk, quantized, out)
-                reads, order = (chunk.artifact, quantized), (block, 1, epoch, place)
-                name = f"sweep/{block:03d}/{epoch:03d}/{place:05d}"
-                self.add(Node(name, "sweep", block, task, reads, (out,), order, f"block {block}"))
-            made.append(Chunk(self.swept[pair], CHUNK_FILE))
-        self.streams[block, epoch] = tuple(made)
+    def _stream_rounded(self, block: int, quantized: Artifact) -> None:
+        """What the blocks after a quarantined one train on: its outputs, once for each of its inputs."""
+        made: dict[tuple[Artifact, ...], Artifact] = {}
+        for epoch in range(self.config.optimizer.epochs):
+            if not self._needs_stream(block, epoch):
+                continue
+            inputs, sources = self._input_chunks(block, epoch)
+            if sources not in made:
+                key = self.key("rounded stream", quantized=quantized.key, inputs=[a.key for a in sources])
+                made[sources] = out = Artifact("stream", unit_name(block, epoch), key)
+                task = StreamTask(block, inputs, quantized, out)
+                name = f"optimize/{block:03d}/stream-{epoch:03d}"
+                reads, affinity = (*sources, quantized), f"block {block}"
+                self.add(Node(name, "optimize", block, task, reads, (out,), (block, 1, epoch), affinity))
+            self.streams[block, epoch] = made[sources]
 
     def _end_to_end(self) -> list[Artifact]:
         """The steps of the last stage, and what it makes of every block."""

@@ -76,7 +76,7 @@ class TrainTask(DoneByAll):
 
     `inputs` and `targets` are the chunks of the block's inputs and of the full-precision stream `ahead` blocks after it.
     `previous` is the state after the epoch before, `state` the one to write, `stream` the block's own outputs on `inputs`,
-    `snapshot` what the block is quantized to after this epoch, `quantized` its result; all that it makes has the key `key`.
+    `quantized` its result; all that it makes has the key `key`.
     """
 
     block: int
@@ -86,7 +86,6 @@ class TrainTask(DoneByAll):
     previous: Artifact | None
     state: Artifact | None
     stream: Artifact | None
-    snapshot: Artifact | None
     quantized: Artifact | None
     comparison: Comparison
     key: str
@@ -99,7 +98,6 @@ class TrainTask(DoneByAll):
         if members.agree(members.leads and self._is_done(worker)):
             return {"taken_up_at_step": 0}
         worker.chunks.drop_except({chunk.artifact.path for chunk in (*self.inputs, *self.targets)})
-        worker.swept = None
         worker.keep_frozen(range(self.block, self.block + self.ahead + 1))
         self._await_first(worker)
         commits = Commits(worker, self.block, self.epoch, self.key)
@@ -119,7 +117,7 @@ class TrainTask(DoneByAll):
 
     def _is_done(self, worker: Worker) -> bool:
         """Whether all is committed: by a worker that was lost before it could say so."""
-        makes = [artifact for artifact in (self.stream, self.snapshot, self.state, self.quantized) if artifact]
+        makes = [artifact for artifact in (self.stream, self.state, self.quantized) if artifact]
         return all(intact(worker.store, artifact) for artifact in makes)
 
     def _await_first(self, worker: Worker) -> None:
@@ -231,9 +229,8 @@ class TrainTask(DoneByAll):
         stream = Writer(worker.store, self.stream) if self.stream else None
         loss = None
         status: BlockStatus = trained.reconstruction.status
-        if stream or best or self.snapshot:
-            now = result_of(trained.reconstruction, worker.context.dtype)
         if stream or best:
+            now = result_of(trained.reconstruction, worker.context.dtype)
             loss = self._measure(worker, now, stream, pause)
             if best and self.quantized:
                 best = self._with_few_clipped(worker, trained, best, pause)
@@ -247,10 +244,6 @@ class TrainTask(DoneByAll):
                 self._measure(worker, best.result or trained.initial(worker, self.block), stream, pause)
         if stream:
             stream.commit({"loss": loss and number(loss), "stamp": worker.stamp()})
-        if self.snapshot:
-            snapshot = Writer(worker.store, self.snapshot)
-            snapshot.write_tensors(WEIGHTS_FILE, now.pack())
-            snapshot.commit({})
         history = [*epoch.history, self._entry(worker, epoch, loss)]
         if self.quantized is not None:
             assert best is not None

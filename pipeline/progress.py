@@ -40,7 +40,6 @@ STAGES = {
     "inspect": "read weights",
     "capture": "capture",
     "optimize": "optimize",
-    "sweep": "sweep",
     "end_to_end": "end to end",
     "evaluate": "evaluate",
     "merge": "merge",

@@ -123,8 +123,7 @@ class _Seat:
 
     def remember(self, cost: Cost) -> None:
         self.block = cost.block if cost.block is not None else self.block
-        if cost.state or cost.new_state:
-            self.state = cost.new_state
+        self.state = cost.new_state
         if cost.releases:
             self.block, self.state, self.kept = None, None, {}
 

@@ -17,7 +17,7 @@ from pipeline.run import PLAN_FILE
 from pipeline.store import Store
 from pipeline.watch import FIELDS, read_progress
 
-STAGES = ("inspect", "capture", "optimize", "sweep", "end_to_end", "evaluate", "merge")
+STAGES = ("inspect", "capture", "optimize", "end_to_end", "evaluate", "merge")
 
 
 def load_plan(store: Store) -> Graph | None:

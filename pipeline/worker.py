@@ -163,8 +163,6 @@ class Worker:
         self._engine: Engine | None = None
         # The optimize stage keeps its block here from one epoch to the next.
         self.held: tuple[str, Any] | None = None
-        # The quantized block of the last sweep unit, by the path of what it was read from.
-        self.swept: tuple[str, nn.Module] | None = None
         self.started = time.time()
         # What a person should know of the present unit; told with its result.
         self.notes: list[str] = []
@@ -272,7 +270,7 @@ class Worker:
         self._frozen = {}
         self._tail = None
         self.student = None
-        self.held = self.swept = None
+        self.held = None
         if self._engine is not None:
             self._engine.close()
         self.chunks.drop_except(set())

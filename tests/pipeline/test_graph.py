@@ -8,9 +8,9 @@ import pytest
 from pipeline.artifacts import Artifact
 from pipeline.config import RunConfig, ScheduleConfig
 from pipeline.config_file import parse_config
+from pipeline.data_free import StreamTask
 from pipeline.graph import Graph, Inputs, build_graph, comparison, input_epoch
 from pipeline.optimize import TrainTask
-from pipeline.sweep import SweepTask
 
 TOKENS = Artifact("tokens", "calibration", "t" * 64)
 
@@ -98,16 +98,7 @@ def test_a_block_starts_when_its_own_inputs_and_targets_are_there() -> None:
 def test_parallel_waits_for_the_block_before_one_epoch_ago() -> None:
     found = dependencies(graph(schedule={"kind": "parallel"}))
     targets = {"capture/001/00000", "capture/001/00001"}
-    swept = {"sweep/000/001/00000", "sweep/000/001/00001"}
-    assert found["optimize/001/002"] == targets | swept | {"optimize/001/001"}
-
-
-def test_in_a_sweep_samples_pass_all_blocks_as_they_are_after_one_epoch() -> None:
-    found = dependencies(graph(schedule={"kind": "parallel", "refresh_every": 2}))
-    assert found["sweep/000/001/00001"] == {"embed/00001", "optimize/000/001"}
-    assert found["sweep/001/001/00001"] == {"sweep/000/001/00001", "optimize/001/001"}
-    assert {name.split("/")[1] for name in found if name.startswith("sweep")} == {"000", "001"}, "none after the last"
-    assert {name.split("/")[2] for name in found if name.startswith("sweep")} == {"001"}, "none but for the refresh"
+    assert found["optimize/001/002"] == targets | {"optimize/001/001", "optimize/000/001"}
 
 
 def test_sequential_waits_for_the_finished_block_before() -> None:
@@ -135,7 +126,8 @@ def test_never_refreshed_blocks_do_not_wait_for_each_other() -> None:
 def test_only_streams_that_somebody_reads_are_written() -> None:
     for kind, every, epochs in [
         ("sequential", 1, {2}),
-        ("parallel", 1, set()),
+        ("parallel", 1, {0, 1}),
+        ("parallel", 2, {1}),
         ("wave", 1, {0, 1, 2}),
     ]:
         built = graph(schedule={"kind": kind, "refresh_every": every})
@@ -293,14 +285,10 @@ def test_a_quarantined_block_changes_it_and_what_follows_but_not_what_comes_befo
     assert by_block(replace(plain, quarantined={1: "another"})) == after, "what is said of it decides no bytes"
 
 
-@pytest.mark.parametrize("kind", ["sequential", "parallel", "wave"])
-@pytest.mark.parametrize("block", [0, 1, 2])
-def test_a_quarantined_block_has_one_stream_for_each_of_its_inputs(kind: str, block: int) -> None:
-    built = build_graph(replace(inputs(schedule={"kind": kind}), quarantined={block: "a reason"}))
-    swept = [node for node in built.nodes if isinstance(node.task, SweepTask) and node.block == block]
-    # The first block's inputs are always the same, and the others' under `sequential`; nobody reads the last one's outputs.
-    changing = {"sequential": 1, "parallel": 2, "wave": 3}[kind]
-    assert len(swept) == 2 * {0: 1, 1: changing, 2: 0}[block], "of both chunks"
+@pytest.mark.parametrize(("block", "streams"), [(0, 1), (1, 2), (2, 0)])
+def test_a_quarantined_block_has_one_stream_for_each_of_its_inputs(block: int, streams: int) -> None:
+    built = build_graph(replace(inputs(schedule={"kind": "parallel"}), quarantined={block: "a reason"}))
+    assert sum(isinstance(node.task, StreamTask) for node in built.nodes) == streams
     assert not [n for n in built.nodes if isinstance(n.task, TrainTask) and n.block == block]
 
 

@@ -34,7 +34,7 @@ def config(
     def make(**sections: Any) -> RunConfig:
         more = {
             "storage": {"keep_activations": True},
-            "schedule": {"kind": "wave"},
+            "schedule": {"kind": "parallel"},
             "method": {"equivalence": "auto"},
         } | sections
         return tiny_config(model, short_text, folder / f"run-{next(names)}", **more)

@@ -19,13 +19,12 @@ from cluster.units import Unit
 from lsi.grid import Grid, round_to_nearest
 from pipeline.artifacts import read_tensors
 from pipeline.block_state import WEIGHTS_FILE, BlockResult
-from pipeline.capture import CHUNK_FILE
 from pipeline.cli import app
+from pipeline.data_free import StreamTask
 from pipeline.driver import StoppedError
 from pipeline.optimize import TrainTask
 from pipeline.report import artifacts_of, block_reports
 from pipeline.run import Finished, inline_workers
-from pipeline.sweep import SweepTask
 from pipeline.worker import Worker
 
 ONCE = {"max_attempts": 1}  # attempts wait for each other
@@ -109,7 +108,7 @@ def test_a_block_that_always_fails_is_rounded_and_the_rest_is_trained(
     assert all(block["loss"] <= block["initial_loss"] for block in others)
     assert any(block.get("folded") for block in others)
     assert_the_decision_alone_gives_these_bytes(finished, tmp_path)
-    for kind in ("hidden", "stream", "state", "snapshot", "partial"):
+    for kind in ("hidden", "stream", "state", "partial"):
         assert finished.prepared.store.list(kind) == {}, f"{kind} of the plan before was left behind"
 
 
@@ -133,16 +132,16 @@ def test_the_next_block_trains_on_the_rounded_ones_outputs(
     finished, _ = run(tiny_config(model, short_text, tmp_path / "run", storage=storage, cluster=ONCE))
     from lsi.block import outputs_of
 
-    tasks = [node.task for node in finished.graph.nodes if node.block == 1]
-    task = next(task for task in tasks if isinstance(task, SweepTask))
+    (node,) = [node for node in finished.graph.nodes if isinstance(node.task, StreamTask)]
+    assert isinstance(node.task, StreamTask)
     worker = Worker(finished.prepared.context, "w")
     block = worker.new_block(1)
     artifact = artifacts_of(finished, "quantized")[1]
     BlockResult.unpack(read_tensors(finished.prepared.store, artifact, WEIGHTS_FILE)).load(block)
-    hidden = worker.chunks.get(task.inputs)
+    hidden = worker.chunks.get(node.task.inputs[0])
     with torch.no_grad():
         expected = outputs_of(block, hidden, worker.arguments(1, hidden.shape[1]))
-    written = read_tensors(finished.prepared.store, task.out, CHUNK_FILE)["hidden"]
+    written = read_tensors(finished.prepared.store, node.task.stream, "chunk-00000.safetensors")["hidden"]
     assert torch.equal(written, expected)
 
 
