@@ -159,10 +159,7 @@ class Trial:
         block = self.block(index)
         result_of(training, torch.bfloat16).load(block)
         quantize_activations(block, self.names(index), self.scheme)
-        # Under `parallel` the samples pass all blocks as they are after this epoch.
-        swept = index > 0 and self.options.schedule == "parallel"
-        entering = self.streams[index - 1, epoch] if swept else inputs
-        self.streams[index, epoch] = outputs = self.apply(block, index, entering)
+        self.streams[index, epoch] = outputs = self.apply(block, index, inputs)
         if epoch == self.options.epochs - 1:
             # At the block's own end, whatever it was trained on: so settings can be compared.
             pairs = zip(outputs, self.boundaries[index + 1], strict=True)

@@ -252,8 +252,8 @@ class ScheduleConfig(Section):
 
     kind: Literal["sequential", "parallel", "wave"] = Field(
         "wave",
-        description="sequential: on the finished blocks before it; wave: on the block before it in the same epoch; parallel: on all blocks before it as they "
-        "were at the last refresh. This is from the best result to the most blocks at once",
+        description="sequential: on the finished blocks before it; wave: on the block before it in the same epoch; parallel: on its state one "
+        "epoch ago. This is from the best result to the most blocks at once",
     )
     refresh_every: int = Field(
         1, ge=0, description="parallel and wave: renew the inputs every k-th epoch; 0: never (full-precision inputs)"
