@@ -132,7 +132,7 @@ def test_the_next_block_trains_on_the_rounded_ones_outputs(
     finished, _ = run(tiny_config(model, short_text, tmp_path / "run", storage=storage, cluster=ONCE))
     from lsi.block import outputs_of
 
-    (node,) = [node for node in finished.graph.nodes if isinstance(node.task, StreamTask)]
+    node = next(node for node in finished.graph.nodes if isinstance(node.task, StreamTask))
     assert isinstance(node.task, StreamTask)
     worker = Worker(finished.prepared.context, "w")
     block = worker.new_block(1)
