@@ -21,9 +21,10 @@ assets/news.txt: | $(VENV)/.installed
 quickstart: install assets/news.txt
 	$(BIN)/lsi quantize configs/quickstart.yaml
 
-# Two processes, a file of tests each: most tests wait for processes of their own or compute on one thread.
+# Two processes, a file of tests each: most tests wait for processes of their own or compute on one thread. The longest come first,
+# and many short ones last, so that neither waits for the other at the end.
 test: install assets/news.txt
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/pipeline tests/cluster tests
 
 check: install
 	$(BIN)/ruff check .
