@@ -21,10 +21,10 @@ assets/news.txt: | $(VENV)/.installed
 quickstart: install assets/news.txt
 	$(BIN)/lsi quantize configs/quickstart.yaml
 
-# Two processes, a file of tests each: most tests wait for processes of their own or compute on one thread. The longest come first,
-# and many short ones last, so that neither waits for the other at the end.
+# Two processes, a file of tests each: most tests wait for processes of their own or compute on one thread. Long tests come first,
+# many short ones last (tests/conftest.py), so that neither waits for the other at the end.
 test: install assets/news.txt
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/pipeline tests/cluster tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: install
 	$(BIN)/ruff check .
