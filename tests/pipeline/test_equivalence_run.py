@@ -213,11 +213,13 @@ def test_steps_that_do_harm_leave_the_untrained_block(model: Path, short_text: P
     finished, result = run(tiny_config(model, short_text, tmp_path / "run", **sections))
     for block, report in enumerate(block_reports(finished)):
         assert report["kept"] in ("initial", "round_to_nearest")
+        assert report["status"] in ("non_finite", "fallback")
+        assert report["loss"] <= report["initial_loss"]
         assert result_of_block(finished, block).folded == {}
         name = f"model.layers.{block}.input_layernorm.weight"
         assert torch.equal(checkpoint(finished)[name], finished.prepared.source.read(name))
     table = result["perplexity"]
-    assert table["quantized"]["news"] == pytest.approx(table["round_to_nearest"]["news"], rel=1e-6)
+    assert table["quantized"]["news"] <= table["round_to_nearest"]["news"] * (1 + 1e-6)
 
 
 def test_what_was_done_is_told(model: Path, short_text: Path, tmp_path: Path) -> None:
