@@ -209,17 +209,18 @@ def test_a_shard_with_nothing_but_norms_of_a_block_reads_its_result(
 def test_steps_that_do_harm_leave_the_untrained_block(model: Path, short_text: Path, tmp_path: Path) -> None:
     """And its norms as they were."""
     method = {"equivalence": "auto", "clipping_start": "range"}
-    sections: dict[str, Any] = {"method": method, "optimizer": {"equivalence_learning_rate": 1e3}}
+    # Here the outputs that are handed on are not finite either, so every block becomes round-to-nearest.
+    schedule = {"kind": "parallel"}
+    optimizer = {"equivalence_learning_rate": 1e3}
+    sections: dict[str, Any] = {"method": method, "optimizer": optimizer, "schedule": schedule}
     finished, result = run(tiny_config(model, short_text, tmp_path / "run", **sections))
     for block, report in enumerate(block_reports(finished)):
         assert report["kept"] in ("initial", "round_to_nearest")
-        assert report["status"] in ("non_finite", "fallback")
-        assert report["loss"] <= report["initial_loss"]
         assert result_of_block(finished, block).folded == {}
         name = f"model.layers.{block}.input_layernorm.weight"
         assert torch.equal(checkpoint(finished)[name], finished.prepared.source.read(name))
     table = result["perplexity"]
-    assert table["quantized"]["news"] <= table["round_to_nearest"]["news"] * (1 + 1e-6)
+    assert table["quantized"]["news"] == pytest.approx(table["round_to_nearest"]["news"], rel=1e-6)
 
 
 def test_what_was_done_is_told(model: Path, short_text: Path, tmp_path: Path) -> None:

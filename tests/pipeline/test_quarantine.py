@@ -129,10 +129,13 @@ def test_the_next_block_trains_on_the_rounded_ones_outputs(
 ) -> None:
     poison(monkeypatch, 1)
     storage = {"keep_activations": True}
-    finished, _ = run(tiny_config(model, short_text, tmp_path / "run", storage=storage, cluster=ONCE))
+    schedule = {"kind": "parallel"}  # of which two epochs have one refresh
+    finished, _ = run(
+        tiny_config(model, short_text, tmp_path / "run", storage=storage, schedule=schedule, cluster=ONCE)
+    )
     from lsi.block import outputs_of
 
-    node = next(node for node in finished.graph.nodes if isinstance(node.task, StreamTask))
+    (node,) = [node for node in finished.graph.nodes if isinstance(node.task, StreamTask)]
     assert isinstance(node.task, StreamTask)
     worker = Worker(finished.prepared.context, "w")
     block = worker.new_block(1)
