@@ -194,10 +194,9 @@ class Trial:
         return tokens[WINDOWS * LENGTH : 2 * WINDOWS * LENGTH].view(WINDOWS, 1, LENGTH).long()[: self.options.windows]
 
     @torch.no_grad()
-    def held_out(self, file: str) -> float:
-        """Mean loss of the hidden states after the quantized blocks against the full-precision ones, on text that was not trained on.
-        It tells settings apart that the perplexity of so few blocks does not."""
-        full = [self.surroundings.embed(window) for window in self.windows(file)]
+    def held_out(self, windows: Tensor) -> float:
+        """Mean loss of the hidden states after the quantized blocks against the full-precision ones, on text that was not trained on."""
+        full = [self.surroundings.embed(window) for window in windows]
         hidden = full
         for index in range(self.options.blocks):
             hidden = self.apply(self.finished[index], index, hidden)
@@ -206,8 +205,7 @@ class Trial:
         return sum(float(token_losses(own, wanted, self.options.loss).mean()) for own, wanted in pairs) / len(full)
 
     @torch.no_grad()
-    def perplexity(self, file: str) -> float:
-        windows = self.windows(file)
+    def perplexity(self, windows: Tensor) -> float:
         hidden = [self.surroundings.embed(window) for window in windows]
         for index in range(len(self.skeleton)):
             hidden = self.apply(self.finished.get(index) or self.block(index), index, hidden)
@@ -268,9 +266,9 @@ def main() -> None:
         trial = Trial(open_model(model), options, make_engine(compute, "torch", options.batch))
         trial.run()
         seconds = time.monotonic() - began
-        texts = {"wikipedia": "wikipedia-heldout.txt", "news": "news.txt"}
-        found = {name: trial.perplexity(file) for name, file in texts.items()}
-        held_out = {name: trial.held_out(file) for name, file in texts.items()}
+        texts = {"wikipedia": trial.windows("wikipedia-heldout.txt"), "news": trial.windows("news.txt")}
+        found = {name: trial.perplexity(windows) for name, windows in texts.items()}
+        held_out = {name: trial.held_out(windows) for name, windows in texts.items()}
     print(
         json.dumps(
             {

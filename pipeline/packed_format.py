@@ -59,8 +59,8 @@ def refusal(bits: int, activations: Grid | None, *, operands: bool) -> str | Non
 def unreadable(out_features: int, in_features: int, scheme: Grid) -> bool:
     """Whether compressed-tensors 0.20 saves but cannot load such a pack-quantized linear: zero points of 4 bits that fill no more than
     one word (8 outputs) in several groups (see `unpack_linear`)."""
-    groups = _group_count("", in_features, scheme.group_size)
-    return scheme.bits == 4 and not scheme.symmetric and out_features * 4 <= WORD_BITS and groups > 1
+    one_word = out_features * scheme.bits <= WORD_BITS
+    return scheme.bits == 4 and not scheme.symmetric and one_word and scheme.groups(in_features) > 1
 
 
 def format_of(activation_bits: int | None) -> CompressionFormat:
