@@ -32,13 +32,13 @@ from pipeline.config import ComputeConfig, DataConfig, ScheduleConfig, SchemeCon
 from pipeline.data import calibration_tokens, evaluation_tokens
 from pipeline.engines import make_engine
 from pipeline.gguf_import import import_gguf
-from pipeline.graph import input_epoch
 from pipeline.model_source import ModelSource, open_model
 from pipeline.optimize import START_SAMPLES, permutation
 from pipeline.perplexity import negative_log_likelihood, perplexity
 from pipeline.sample_material import MODEL_FILE
 from pipeline.skeleton import load_block, load_surroundings, make_skeleton
 from pipeline.store import open_store
+from pipeline.timetable import Reading, Timetable
 
 ASSETS = Path(__file__).parent.parent / "assets"
 CHUNK, LENGTH, WINDOWS = 8, 512, 16
@@ -63,7 +63,10 @@ class Trial:
             activation_symmetric=not options.asymmetric_activations,
             quantize_qkv=options.quantize_qkv,
         )
-        self.schedule = ScheduleConfig(kind=options.schedule, refresh_every=options.refresh_every, lead=options.lead)
+        schedule = ScheduleConfig(
+            kind=options.schedule, refresh_every=options.refresh_every, parts=options.parts, lead=options.lead
+        )
+        self.timetable = Timetable(schedule, options.epochs, -(-options.samples // CHUNK))
         text = DataConfig(
             source=str(ASSETS / "wikipedia-calibration.txt"), samples=options.samples, sequence_length=LENGTH
         )
@@ -74,7 +77,7 @@ class Trial:
             self.boundaries.append(self.apply(self.block(block), block, self.boundaries[-1]))
         self.training: dict[int, Reconstruction] = {}
         self.frozen: dict[int, Frozen] = {}
-        self.streams: dict[tuple[int, int], list[Tensor]] = {}
+        self.streams: dict[tuple[int, int], dict[int, Tensor]] = {}
         self.finished: dict[int, nn.Module] = {}
         self.losses: dict[int, float] = {}
 
@@ -137,56 +140,66 @@ class Trial:
         batches = ((chunk, self.arguments[index]) for chunk in inputs)
         training.equivalence.start(block, collect_ranges(block, training.equivalence.pairs, batches))
 
-    def epoch(self, index: int, epoch: int) -> None:
-        """Train one block for one epoch, and keep its outputs."""
-        training = self.training.setdefault(index, self.begin(index)) if epoch == 0 else self.training[index]
-        source = input_epoch(self.schedule, epoch, self.options.epochs)
-        inputs = self.boundaries[index] if index == 0 or source is None else self.streams[index - 1, source]
-        if epoch == 0:
+    def inputs(self, index: int, reading: Reading) -> dict[int, Tensor]:
+        """A block's inputs, by the chunks' numbers."""
+        if index == 0 or reading.source is None:
+            return {chunk: self.boundaries[index][chunk] for chunk in reading.chunks}
+        return {chunk: self.streams[index - 1, reading.source][chunk] for chunk in reading.chunks}
+
+    def unit(self, index: int, unit: int) -> None:
+        """Train one block for one unit, and keep its outputs."""
+        table, options = self.timetable, self.options
+        training = self.training.setdefault(index, self.begin(index)) if unit == 0 else self.training[index]
+        inputs = self.inputs(index, table.training(unit))
+        if unit == 0:
             self.frozen[index] = self.freeze(index)
         frozen = self.frozen[index]
         targets = self.boundaries[index + 1 + len(frozen.following)]
-        if epoch == 0 and self.options.smoothquant:
-            self.smooth(index, training, inputs)
-        if epoch == 0 and self.options.clipping_start == "search" and training.fresh:
-            chunks = -(-START_SAMPLES // CHUNK)
-            training.begin_clipping((chunk, self.arguments[index]) for chunk in inputs[:chunks])
-        for chunk in permutation(len(inputs), self.options.seed, index, epoch):
-            order = permutation(len(inputs[chunk]), self.options.seed, index, epoch, chunk)
-            for start in range(0, len(order), self.options.batch):
-                batch = order[start : start + self.options.batch]
+        chunks = list(inputs)
+        if unit == 0 and options.smoothquant:
+            self.smooth(index, training, list(inputs.values()))
+        if unit == 0 and options.clipping_start == "search" and training.fresh:
+            first = chunks[: -(-START_SAMPLES // CHUNK)]
+            training.begin_clipping((inputs[chunk], self.arguments[index]) for chunk in first)
+        for place in permutation(len(chunks), options.seed, index, table.epoch(unit)):
+            chunk = chunks[place]
+            order = permutation(len(inputs[chunk]), options.seed, index, table.epoch(unit), chunk)
+            for start in range(0, len(order), options.batch):
+                batch = order[start : start + options.batch]
                 training.step(inputs[chunk][batch], targets[chunk][batch], self.arguments[index], frozen)
+        if unit < table.last and not table.hands_on(unit):
+            return
         block = self.block(index)
         result_of(training, torch.bfloat16).load(block)
         quantize_activations(block, self.names(index), self.scheme)
-        self.streams[index, epoch] = outputs = self.apply(block, index, inputs)
-        if epoch == self.options.epochs - 1:
+        passed = self.inputs(index, table.passing(unit))
+        outputs = dict(zip(passed, self.apply(block, index, list(passed.values())), strict=True))
+        self.streams[index, unit] = outputs
+        if unit == table.last:
             # At the block's own end, whatever it was trained on: so settings can be compared.
-            pairs = zip(outputs, self.boundaries[index + 1], strict=True)
-            self.losses[index] = sum(float(token_losses(o, t, self.options.loss).mean()) for o, t in pairs) / len(
-                inputs
-            )
+            losses = [token_losses(o, self.boundaries[index + 1][c], options.loss).mean() for c, o in outputs.items()]
+            self.losses[index] = sum(map(float, losses)) / len(losses)
             self.finished[index] = block
             del self.training[index], self.frozen[index]
 
     def run(self) -> None:
         """All units in an order that every schedule's dependencies allow."""
-        epochs, blocks = range(self.options.epochs), range(self.options.blocks)
-        for index in blocks if not epochs else ():
+        units, blocks = range(self.timetable.units), range(self.options.blocks)
+        for index in blocks if not units else ():
             self.finished[index] = block = self.block(index)
             load_quantized(block, round_block(block, self.names(index), self.scheme.grid, torch.bfloat16))
             quantize_activations(block, self.names(index), self.scheme)
         if self.options.schedule == "parallel":
-            for epoch in epochs:
+            for unit in units:
                 for index in blocks:
-                    self.epoch(index, epoch)
-                    self.streams.pop((index, epoch - 2), None)
+                    self.unit(index, unit)
+                    self.streams.pop((index, unit - 2), None)
             return
         for index in blocks:
-            for epoch in epochs:
-                self.epoch(index, epoch)
-            for epoch in epochs:
-                self.streams.pop((index - 1, epoch), None)
+            for unit in units:
+                self.unit(index, unit)
+            for unit in units:
+                self.streams.pop((index - 1, unit), None)
 
     def windows(self, file: str) -> Tensor:
         """Of the third split, [windows, 1, length]."""
@@ -245,7 +258,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warm-epochs", type=int, default=0, help="of clipping and equivalence alone")
     parser.add_argument("--schedule", choices=["sequential", "parallel", "wave"], default="sequential")
     parser.add_argument("--refresh-every", type=int, default=1)
-    parser.add_argument("--lead", type=int, default=0)
+    parser.add_argument("--parts", type=int, default=1, help="units of an epoch")
+    parser.add_argument("--lead", type=int, default=0, help="in units")
     parser.add_argument("--epochs", type=int, default=3, help="0: round-to-nearest")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--samples", type=int, default=64)

@@ -258,8 +258,16 @@ class ScheduleConfig(Section):
     refresh_every: int = Field(
         1, ge=0, description="parallel and wave: renew the inputs every k-th epoch; 0: never (full-precision inputs)"
     )
+    parts: int = Field(
+        1,
+        ge=1,
+        description="wave: units that an epoch is cut into, each trained on some chunks of the samples: a block begins when the one before "
+        "has trained on the first of them",
+    )
     lead: int = Field(
-        0, ge=0, description="wave: how many epochs the block before is ahead; epochs / (lead + 1) blocks train at once"
+        0,
+        ge=0,
+        description="wave: how many units (epochs, or parts of them) the block before is ahead; epochs × parts / (lead + 1) blocks train at once",
     )
 
 
@@ -490,10 +498,7 @@ class RunConfig(Section):
             )
         self._check_engine()
         self._check_group()
-        if self.schedule.lead and self.schedule.kind != "wave":
-            raise ValueError(
-                f"schedule.lead {self.schedule.lead} means nothing for {self.schedule.kind}: set schedule.kind to wave"
-            )
+        self._check_schedule()
         method = self.method
         if method.shifts and not method.equivalence:
             raise ValueError(
@@ -508,6 +513,25 @@ class RunConfig(Section):
                 "method.equivalence is empty, so nothing is trained: set optimizer.epochs to 0 for round-to-nearest, or choose what to learn"
             )
         return self
+
+    def _check_schedule(self) -> None:
+        schedule = self.schedule
+        for name, value, plain in (("lead", schedule.lead, 0), ("parts", schedule.parts, 1)):
+            if value != plain and schedule.kind != "wave":
+                raise ValueError(
+                    f"schedule.{name} {value} means nothing for {schedule.kind}: set schedule.kind to wave"
+                )
+        if schedule.parts > 1 and schedule.refresh_every != 1:
+            raise ValueError(
+                f"schedule.parts {schedule.parts} renews inputs with every part, and schedule.refresh_every is {schedule.refresh_every}: "
+                "set it to 1, or schedule.parts to 1"
+            )
+        chunks = self.storage.chunks_of(self.data.samples)
+        if schedule.parts > chunks:
+            raise ValueError(
+                f"schedule.parts {schedule.parts} is more than the {chunks} chunks of {self.storage.chunk_samples} samples (storage.chunk_samples) "
+                f"that data.samples {self.data.samples} make: set schedule.parts to {chunks} or less, or storage.chunk_samples smaller"
+            )
 
     def _check_engine(self) -> None:
         compute = self.compute

@@ -17,7 +17,7 @@ The memory figures are counted from the elementwise operations of `lsi.linear` a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ from pipeline.end_to_end import GradientTask, ScaledTask, UpdateTask
 from pipeline.evaluate import EvaluateTask
 from pipeline.graph import Inputs, Node
 from pipeline.merge import MergeTask
-from pipeline.optimize import COMPARED_SAMPLES, TrainTask
+from pipeline.optimize import COMPARED_SAMPLES, Piece, TrainTask
 from pipeline.worker import Chunk
 
 _FAKE_QUANTIZATION = 160  # ten passes forward and ten backward, each reading and writing four bytes
@@ -213,18 +213,17 @@ class Costs:
         compared = task.comparison != "none"
         method = self.config.method
         smooths = bool(method.equivalence) and method.equivalence_start == "smoothquant" and task.previous is None
-        samples = self.config.data.samples
+        samples, passed = self._samples_of(task.trains), self._samples_of(task.passes)
         states = (task.comparison == "begins") + bool(task.stream or compared)
         # They are measured over the first chunks; with a stream to write, one of them runs over the others as well.
         first = self.config.storage.chunks_of(COMPARED_SAMPLES)
-        share = sum(self._samples(place) for place in range(len(task.inputs))[:first]) / samples
-        forward = self._pass(samples)
-        losses = (1 + task.ahead + self._own_passes()) * share * forward
-        streaming = losses + (1 - share) * forward if task.stream else 0.0
+        measured = self._samples_of(task.passes[:first])
+        losses = (1 + task.ahead + self._own_passes()) * self._pass(measured)
+        streaming = losses + self._pass(passed - measured) if task.stream else 0.0
         measuring = (states - bool(task.stream)) * losses + streaming
         writes: list[tuple[str, float]] = []
         if task.stream:
-            writes.append((task.stream.path, self._activations(samples)))
+            writes.append((task.stream.path, self._activations(passed)))
         if task.state:
             writes.append((task.state.path, self.state_bytes(compared)))
         if task.quantized:
@@ -234,36 +233,39 @@ class Costs:
             writes.append((f"factors/{task.block}", factors))
         before = compared and task.comparison != "begins"
         previous = Read(task.previous.path, self.state_bytes(before)) if task.previous else None
-        whole = smooths + bool(task.stream)
-        again = [len(task.inputs)] * whole + [first] * (states - bool(task.stream))
-        reads = (*self._reads(task.inputs, again), *self._reads(task.targets, [first] * states))
+        inputs, measured_chunks = numbered(task.trains), numbered(task.passes[:first], targets=True)
+        passes = [numbered(task.trains, targets=True), *([inputs] * smooths)]
+        passes += [measured_chunks] * (states - bool(task.stream))
+        if task.stream:
+            passes.append([*measured_chunks, *numbered(task.passes[first:])])
         return Cost(
             compute=begins * self.beginning()
-            + self.epoch(task.ahead)
+            + self.epoch(task.ahead) * samples / self.config.data.samples
             + measuring
             + states * self.codes_of_a_state()
-            + smooths * forward,
+            + smooths * self._pass(samples),
             block=task.block,
             weights=(1 + task.ahead) * self.block_bytes,
             state=previous,
             new_state=task.state.path if task.state else None,
-            reads=reads,
-            chunks=len(task.inputs),
+            reads=self._reads(passes),
+            chunks=len(task.trains),
             writes=tuple(writes),
-            behind=self._activations(samples) if task.stream else 0.0,
+            behind=self._activations(passed) if task.stream else 0.0,
             last_pass=streaming,
         )
 
-    def _reads(self, chunks: tuple[Chunk, ...], again: list[int]) -> Iterator[Read]:
-        """Of chunks, by the artifact that holds them: all of them once, and in each further pass so many of the first ones."""
-        stops = (len(chunks), *again)
+    def _samples_of(self, pieces: Iterable[Piece]) -> int:
+        return sum(self._samples(piece.number) for piece in pieces)
+
+    def _reads(self, passes: Sequence[Iterable[tuple[int, Chunk]]]) -> tuple[Read, ...]:
+        """Of passes over chunks, by the artifact that holds them."""
         sizes: dict[str, list[float]] = {}
-        for place, chunk in enumerate(chunks):
-            size = self._activations(self._samples(place))
-            passes = sizes.setdefault(chunk.artifact.path, [0.0] * len(stops))
-            for index, stop in enumerate(stops):
-                passes[index] += size if place < stop else 0.0
-        return (Read(path, size, tuple(more)) for path, (size, *more) in sizes.items())
+        for index, chunks in enumerate(passes):
+            for number, chunk in chunks:
+                read = sizes.setdefault(chunk.artifact.path, [0.0] * len(passes))
+                read[index] += self._activations(self._samples(number))
+        return tuple(Read(path, size, tuple(again)) for path, (size, *again) in sizes.items())
 
     def state_bytes(self, compared: bool) -> float:
         """Value and AdamW's two moments in float32; with the best result so far where losses are compared."""
@@ -319,6 +321,13 @@ class Costs:
             writes=() if last else ((task.out.path, float(config.windows * window)),),
             releases=True,
         )
+
+
+def numbered(pieces: Iterable[Piece], *, targets: bool = False) -> list[tuple[int, Chunk]]:
+    """The chunks of their inputs, and of their targets, with their numbers."""
+    return [
+        (piece.number, chunk) for piece in pieces for chunk in (piece.inputs, *([piece.targets] if targets else []))
+    ]
 
 
 def factored(increment: Increment) -> bool:

@@ -6,6 +6,7 @@ chain of blocks that train, a second unit then runs the rounded block over its i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,25 +52,26 @@ class RoundTask:
 
 @dataclass(frozen=True)
 class StreamTask:
-    """The outputs of a rounded block on the chunks of its inputs: what the next block trains on."""
+    """The outputs of a rounded block on chunks of its inputs, by their numbers: what the next block trains on."""
 
     block: int
-    inputs: tuple[Chunk, ...]
+    inputs: Mapping[int, Chunk]
     quantized: Artifact
     stream: Artifact
 
     @torch.no_grad()
     def __call__(self, worker: Worker) -> dict[str, Any]:
-        worker.chunks.drop_except({chunk.artifact.path for chunk in self.inputs})
-        worker.chunks.prefetch(self.inputs[:1])  # arrives while the weights do
+        worker.chunks.drop_except({chunk.artifact.path for chunk in self.inputs.values()})
+        chunks = list(self.inputs.items())
+        worker.chunks.prefetch(chunk for _, chunk in chunks[:1])  # arrives while the weights do
         block = as_loaded(worker, self.block, read_result(worker.store, self.quantized))
         writer = Writer(worker.store, self.stream)
         with behind(writer) as files:
-            for place, chunk in enumerate(self.inputs):
+            for place, (number, chunk) in enumerate(chunks):
                 worker.leave_if_asked()
-                worker.chunks.prefetch(self.inputs[place : place + 2])
+                worker.chunks.prefetch(coming for _, coming in chunks[place : place + 2])
                 hidden = worker.chunks.get(chunk).to(worker.device)
                 output = outputs_of(block, hidden, worker.arguments(self.block, hidden.shape[1]))
-                write_chunk(files, stream_file(place), output)
+                write_chunk(files, stream_file(number), output)
         writer.commit({"loss": None, "stamp": worker.stamp()})
         return {}

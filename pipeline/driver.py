@@ -215,7 +215,7 @@ def sweep(store: Store, graph: Graph, left: set[str], kinds: tuple[str, ...]) ->
     if not any(node.stage == "optimize" for node in graph.nodes):
         return  # the plan of the inspection knows of nothing
     tasks = [node.task for node in graph.nodes if node.name in left]
-    going_on = {(unit_name(t.block, t.epoch), t.key[:16]) for t in tasks if isinstance(t, TrainTask)}
+    going_on = {(unit_name(t.block, t.unit), t.key[:16]) for t in tasks if isinstance(t, TrainTask)}
     makers = graph.producers()
     for path in committed(store, kinds):
         if path not in makers and not (path.startswith(f"{PARTIAL}/") and partial_owner(path) in going_on):

@@ -8,7 +8,7 @@ the best of them is the result: it never ends worse than it began.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,14 +19,14 @@ from lsi.block import run_block, sharing_copy
 from lsi.objective import token_losses
 from pipeline.artifacts import Artifact, Writer, intact
 from pipeline.block_state import WEIGHTS_FILE, Best, BlockResult, Trained
-from pipeline.optimize import BlockStatus, TrainTask, ending
+from pipeline.optimize import BlockStatus, Piece, TrainTask, ending
 from pipeline.tail import of_block
 from pipeline.worker import Worker
 
 
 @dataclass(frozen=True)
 class TuneTask(TrainTask):
-    """Epoch `epoch` of the blocks from `block` on. `targets` is one chunk, the tokens of all samples.
+    """Epoch `epoch` of the blocks from `block` on. All its targets are one chunk, the tokens of all samples.
 
     `results`: what the last epoch makes, the result of each block; `quantized` is the first of them, as in `TrainTask`.
     """
@@ -38,15 +38,10 @@ class TuneTask(TrainTask):
         makes = self.results or (self.state,)
         return all(intact(worker.store, artifact) for artifact in makes if artifact)
 
-    def _await_first(self, worker: Worker) -> None:
-        first = 0 if self.comparison == "begins" else self._order(worker)[0]
-        worker.chunks.prefetch([self.inputs[first], *self.targets])
-
-    def _chunk(self, worker: Worker, chunk: int, following: list[int]) -> tuple[Tensor, Tensor]:
-        worker.chunks.prefetch(self.inputs[n] for n in (chunk, *following))
-        inputs = worker.chunks.get(self.inputs[chunk])
-        start = chunk * worker.config.storage.chunk_samples
-        return inputs, worker.chunks.get(self.targets[0])[start : start + len(inputs)]
+    def _chunk(self, worker: Worker, piece: Piece, following: Sequence[Piece]) -> tuple[Tensor, Tensor]:
+        inputs, tokens = super()._chunk(worker, piece, following)
+        start = piece.number * worker.config.storage.chunk_samples
+        return inputs, tokens[start : start + len(inputs)]
 
     def _or_rounded(self, worker: Worker, best: Best, pause: Callable[[], None]) -> tuple[Best, BlockStatus]:
         """After a number that was not finite: the best state, which may be the checkpoint's own."""
@@ -59,7 +54,7 @@ class TuneTask(TrainTask):
         tail = sharing_copy(trainee.module)
         result.load(tail)
         total, count, size = 0.0, 0, worker.config.optimizer.batch_size
-        for _, inputs, tokens in self._pass(worker):
+        for _, inputs, tokens in self._pass(worker, self.passes):
             arguments = trainee.arguments(inputs.shape[1])
             for hidden, target in zip(inputs.split(size), tokens.split(size), strict=True):
                 pause()

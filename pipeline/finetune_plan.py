@@ -14,10 +14,11 @@ from pipeline.finetune import TuneTask
 from pipeline.finetune_merge import CopyTask
 from pipeline.graph import Builder, Graph, Inputs, Node
 from pipeline.model_source import locate
-from pipeline.optimize import Comparison
+from pipeline.optimize import Piece
 from pipeline.packed_source import TAKES, PackedSource, open_packed
 from pipeline.partial import unit_name
 from pipeline.skeleton import Skeleton, make_skeleton, stored_name
+from pipeline.timetable import Comparison
 from pipeline.worker import Chunk, Task
 
 # Settings of blocks that are trained towards full-precision ones: they mean nothing here.
@@ -130,8 +131,8 @@ class TuneBuilder(Builder):
         settings = self._settings("scheme", "method", "optimizer", "finetune")
         weights = [*self.inputs.block_digests[self.first :], self.inputs.outer_digest]
         inputs, tokens = self.hidden[self.first], self.inputs.tokens
-        chunks = tuple(Chunk(artifact, CHUNK_FILE) for artifact in inputs)
-        targets = (Chunk(tokens, TOKENS_FILE, "tokens"),)
+        targets = Chunk(tokens, TOKENS_FILE, "tokens")
+        pieces = tuple(Piece(place, Chunk(artifact, CHUNK_FILE), targets) for place, artifact in enumerate(inputs))
         previous: Artifact | None = None
         for epoch in range(self.config.optimizer.epochs):
             key = self.key(
@@ -150,9 +151,8 @@ class TuneBuilder(Builder):
             results = tuple(Artifact("quantized", f"block-{block:03d}", key) for block in blocks)
             quantized = results[0] if results else None
             compare: Comparison = "goes_on" if epoch else "begins"
-            task = TuneTask(
-                self.first, epoch, chunks, targets, previous, state, None, quantized, compare, key, results=results
-            )
+            outputs = (previous, state, None, quantized)
+            task = TuneTask(self.first, epoch, epoch, pieces, pieces, *outputs, compare, key, results=results)
             reads = (*inputs, *((previous,) if previous else ()))
             makes = results or ((state,) if state else ())
             node_name = f"optimize/{self.first:03d}/{epoch:03d}"

@@ -1,7 +1,6 @@
 """A run as units with exact dependencies: what each reads and makes, by content address.
 
-The schedules differ in one function, `input_epoch`: which state of the blocks before it a block trains on. Everything else,
-and so the code that runs, is the same.
+The schedules differ in what a block trains on alone (`pipeline.timetable`). Everything else, and so the code that runs, is the same.
 """
 
 from __future__ import annotations
@@ -15,13 +14,14 @@ from lsi import ALGORITHM
 from pipeline.artifacts import Artifact, digest
 from pipeline.block_state import learning_rates
 from pipeline.capture import CHUNK_FILE, CaptureTask, EmbedTask
-from pipeline.config import RunConfig, ScheduleConfig
+from pipeline.config import RunConfig
 from pipeline.data_free import RoundTask, StreamTask
 from pipeline.end_to_end import GradientTask, ScaledTask, Share, UpdateTask, compared_of, steps_of
 from pipeline.evaluate import EvaluateTask, Variant
 from pipeline.merge import MergeTask
-from pipeline.optimize import Comparison, TrainTask, stream_file
+from pipeline.optimize import Piece, TrainTask, stream_file
 from pipeline.partial import unit_name
+from pipeline.timetable import Reading, chunk_ranges, timetable_of
 from pipeline.worker import Chunk, Task
 
 # Artifacts that are deleted once their last reader has committed.
@@ -120,38 +120,14 @@ class Inputs:
     quarantined: Mapping[int, str] = field(default_factory=dict)
 
 
-def input_epoch(schedule: ScheduleConfig, epoch: int, epochs: int) -> int | None:
-    """The epoch after which the block before is taken, for the inputs of `epoch`; None: the full-precision stream.
-
-    sequential: the last. parallel: the one before the latest refresh. wave: the one of the latest refresh, or `lead` epochs
-    later, so that a block's last epochs train on inputs that have settled.
-    """
-    if schedule.kind == "sequential":
-        return epochs - 1
-    if not schedule.refresh_every:
-        return None
-    refresh = epoch // schedule.refresh_every * schedule.refresh_every
-    if schedule.kind == "parallel":
-        return refresh - 1 if refresh else None
-    return min(refresh + schedule.lead, epochs - 1)
-
-
-def comparison(schedule: ScheduleConfig, epoch: int, epochs: int) -> Comparison:
-    """Whether an epoch has the inputs of the last epoch, and is the first that has: losses are compared from there on."""
-    final = input_epoch(schedule, epochs - 1, epochs)
-    if input_epoch(schedule, epoch, epochs) != final:
-        return "none"
-    first = epoch == 0 or input_epoch(schedule, epoch - 1, epochs) != final
-    return "begins" if first else "goes_on"
-
-
-def chunk_ranges(samples: int, size: int) -> list[tuple[int, int]]:
-    return [(start, min(start + size, samples)) for start in range(0, samples, size)]
-
-
 def _last_part(blocks: int) -> int:
     """The first block of the last part of an evaluation."""
     return (blocks - 1) // EVALUATION_PART * EVALUATION_PART
+
+
+def address_of(piece: Piece) -> list[Any]:
+    """What of a chunk decides bytes."""
+    return [piece.number, piece.inputs.artifact.key, piece.targets.artifact.key]
 
 
 class Builder:
@@ -169,6 +145,7 @@ class Builder:
         self.graph = Graph()
         self.base = {"algorithm": ALGORITHM, "compute": dict(inputs.compute), "model": inputs.model_config_digest}
         self.ranges = chunk_ranges(self.config.data.samples, self.config.storage.chunk_samples)
+        self.timetable = timetable_of(self.config)
         self.hidden: list[list[Artifact]] = []
         self.streams: dict[tuple[int, int], Artifact] = {}
         self.quantized: list[Artifact] = []
@@ -232,19 +209,24 @@ class Builder:
             priority = (max(0, block - self.config.method.look_ahead), 0, 0, chunk)
             self.add(Node(name, "capture", block, task, (source,), (out,), priority, f"block {block}"))
 
-    def _needs_stream(self, block: int, epoch: int) -> bool:
-        """Whether the block after reads this block's outputs of this epoch."""
-        epochs = self.config.optimizer.epochs
-        readers = (input_epoch(self.config.schedule, e, epochs) for e in range(epochs))
-        return block + 1 < self.inputs.blocks and epoch in readers
+    def _hands_on(self, block: int, unit: int) -> bool:
+        """Whether the block after reads this block's outputs after this unit."""
+        return block + 1 < self.inputs.blocks and self.timetable.hands_on(unit)
 
-    def _input_chunks(self, block: int, epoch: int) -> tuple[tuple[Chunk, ...], tuple[Artifact, ...]]:
-        source = input_epoch(self.config.schedule, epoch, self.config.optimizer.epochs)
-        if block == 0 or source is None:
-            artifacts = tuple(self.hidden[block])
-            return tuple(Chunk(a, CHUNK_FILE) for a in artifacts), artifacts
-        stream = self.streams[block - 1, source]
-        return tuple(Chunk(stream, stream_file(c)) for c in range(len(self.ranges))), (stream,)
+    def _inputs_of(self, block: int, reading: Reading) -> dict[int, Chunk]:
+        """A block's inputs, by the chunks' numbers."""
+        if block == 0 or reading.source is None:
+            return {number: Chunk(self.hidden[block][number], CHUNK_FILE) for number in reading.chunks}
+        stream = self.streams[block - 1, reading.source]
+        return {number: Chunk(stream, stream_file(number)) for number in reading.chunks}
+
+    def _pieces(self, block: int, reading: Reading) -> tuple[Piece, ...]:
+        """Inputs with their targets."""
+        targets = self.hidden[self._target(block)]
+        return tuple(
+            Piece(number, chunk, Chunk(targets[number], CHUNK_FILE))
+            for number, chunk in self._inputs_of(block, reading).items()
+        )
 
     def _settings(self, *sections: str) -> dict[str, Any]:
         """What of the configuration decides a training unit's bytes. Defaults do as much as what was typed."""
@@ -254,40 +236,41 @@ class Builder:
         return settings
 
     def _train(self, block: int) -> None:
-        config, epochs = self.config, self.config.optimizer.epochs
+        table, ahead = self.timetable, self._ahead(block)
         settings = self._settings("scheme", "method", "optimizer")
-        ahead, targets = self._ahead(block), self.hidden[self._target(block)]
         previous: Artifact | None = None
-        for epoch in range(epochs):
-            inputs, sources = self._input_chunks(block, epoch)
+        for unit in range(table.units):
+            trains, passes = (self._pieces(block, r) for r in (table.training(unit), table.passing(unit)))
             # Under a schedule block 0's inputs never change, but its losses are compared like every other block's.
-            compare = comparison(config.schedule, epoch, epochs)
+            compare = table.comparison(unit)
             key = self.key(
                 "train",
                 settings=settings,
                 weights=self.inputs.block_digests[block],
-                epoch=epoch,
-                inputs=[a.key for a in sources],
-                targets=[a.key for a in targets],
+                unit=unit,
+                epoch=table.epoch(unit),
+                trains=[address_of(piece) for piece in trains],
+                passes=[address_of(piece) for piece in passes],
                 following=self.inputs.block_digests[block + 1 : block + 1 + ahead],
                 previous=previous.key if previous else None,
                 comparison=compare,
             )
-            last = epoch == epochs - 1
-            name = unit_name(block, epoch)
+            last = unit == table.last
+            name = unit_name(block, unit)
             state = None if last else Artifact("state", name, key)
             quantized = Artifact("quantized", f"block-{block:03d}", key) if last else None
-            stream = Artifact("stream", name, key) if self._needs_stream(block, epoch) else None
+            stream = Artifact("stream", name, key) if self._hands_on(block, unit) else None
             if stream:
-                self.streams[block, epoch] = stream
+                self.streams[block, unit] = stream
             if quantized:
                 self.quantized.append(quantized)
-            chunks = tuple(Chunk(a, CHUNK_FILE) for a in targets)
-            task = TrainTask(block, epoch, inputs, chunks, previous, state, stream, quantized, compare, key, ahead)
-            reads = (*sources, *targets, *((previous,) if previous else ()))
+            outputs = (previous, state, stream, quantized)
+            task = TrainTask(block, unit, table.epoch(unit), trains, passes, *outputs, compare, key, ahead)
+            read = (chunk.artifact for piece in (*trains, *passes) for chunk in (piece.inputs, piece.targets))
+            reads = tuple(dict.fromkeys((*read, *((previous,) if previous else ()))))
             makes = tuple(a for a in (stream, state, quantized) if a)
-            node_name = f"optimize/{block:03d}/{epoch:03d}"
-            self.add(Node(node_name, "optimize", block, task, reads, makes, (block, 1, epoch), f"block {block}"))
+            node_name = f"optimize/{block:03d}/{unit:03d}"
+            self.add(Node(node_name, "optimize", block, task, reads, makes, (block, 1, unit), f"block {block}"))
             previous = state
 
     def _round(self, block: int, name: str) -> Artifact:
@@ -303,19 +286,21 @@ class Builder:
 
     def _stream_rounded(self, block: int, quantized: Artifact) -> None:
         """What the blocks after a quarantined one train on: its outputs, once for each of its inputs."""
-        made: dict[tuple[Artifact, ...], Artifact] = {}
-        for epoch in range(self.config.optimizer.epochs):
-            if not self._needs_stream(block, epoch):
+        made: dict[tuple[Chunk, ...], Artifact] = {}
+        for unit in range(self.timetable.units):
+            if not self._hands_on(block, unit):
                 continue
-            inputs, sources = self._input_chunks(block, epoch)
-            if sources not in made:
-                key = self.key("rounded stream", quantized=quantized.key, inputs=[a.key for a in sources])
-                made[sources] = out = Artifact("stream", unit_name(block, epoch), key)
+            inputs = self._inputs_of(block, self.timetable.passing(unit))
+            chunks = tuple(inputs.values())
+            if chunks not in made:
+                addresses = [[number, chunk.artifact.key] for number, chunk in inputs.items()]
+                key = self.key("rounded stream", quantized=quantized.key, inputs=addresses)
+                made[chunks] = out = Artifact("stream", unit_name(block, unit), key)
                 task = StreamTask(block, inputs, quantized, out)
-                name = f"optimize/{block:03d}/stream-{epoch:03d}"
-                reads, affinity = (*sources, quantized), f"block {block}"
-                self.add(Node(name, "optimize", block, task, reads, (out,), (block, 1, epoch), affinity))
-            self.streams[block, epoch] = made[sources]
+                name = f"optimize/{block:03d}/stream-{unit:03d}"
+                reads = (*dict.fromkeys(chunk.artifact for chunk in chunks), quantized)
+                self.add(Node(name, "optimize", block, task, reads, (out,), (block, 1, unit), f"block {block}"))
+            self.streams[block, unit] = made[chunks]
 
     def _end_to_end(self) -> list[Artifact]:
         """The steps of the last stage, and what it makes of every block."""

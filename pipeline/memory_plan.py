@@ -18,6 +18,7 @@ from lsi.scales import TOKENS_AT_ONCE
 from pipeline.artifacts import PIECE
 from pipeline.block_state import steps_per_epoch
 from pipeline.memory_terms import WORK, BlockMemory, Engine
+from pipeline.timetable import timetable_of
 
 GIB = float(1 << 30)
 # Resident memory of a worker that has imported torch, Ray and transformers and built the skeleton; measured, Linux.
@@ -156,13 +157,13 @@ class MemoryPlan(BlockMemory):
         moments.add("factoring the largest linear", held | {"the weight widened": whole, "decomposition": work})
 
     def optimize(self) -> UnitPeaks:
-        """One epoch of one block, the fullest one."""
+        """One unit of one block, the fullest one."""
         config, moments = self.config, self._moments()
         cache = {"activation cache": self.cached()} | (self._at_home(steps_done=True) if self.cuda else {})
         self.load(moments)
         if self._factored():
             self._factorize(moments)
-        several = config.optimizer.epochs > 1
+        several = timetable_of(config).units > 1
         again = config.optimizer.epochs * steps_per_epoch(config) > 1
         begun, whole = self.state(steps_done=False), 4.0 * math.prod(self.shape.largest)
         if self.engine.parts > 1:

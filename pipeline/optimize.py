@@ -1,7 +1,7 @@
-"""Stage `optimize`: one epoch of one block a unit.
+"""Stage `optimize`: one epoch of one block, or a part of one, a unit.
 
-Losses are compared only on equal inputs. Under a schedule that renews a block's inputs, that is the last stretch of epochs
-with the same inputs (`Comparison`): there the untrained block and the state after every epoch are measured over the same first
+Losses are compared only on equal inputs. Under a schedule that renews a block's inputs, that is the last stretch of units
+with the same inputs (`Comparison`): there the untrained block and the state after every unit are measured over the same first
 samples (`COMPARED_SAMPLES`), and the best of them becomes the result. So a block never ends worse than it began, on these.
 
 A block whose training met a number that is not finite keeps the best of those states only if it was measured better than
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -41,6 +41,7 @@ from pipeline.block_state import (
 from pipeline.capture import write_chunk
 from pipeline.partial import Commits, Epoch
 from pipeline.skeleton import Arguments
+from pipeline.timetable import Comparison
 from pipeline.worker import Chunk, DoneByAll, Worker
 from pipeline.write_behind import behind
 
@@ -50,7 +51,6 @@ START_SAMPLES = 8
 # States of a block are compared over so many sequences, or the chunks that hold them: thousands of tokens, the same for each.
 COMPARED_SAMPLES = 16
 
-Comparison = Literal["none", "begins", "goes_on"]
 BlockStatus = Literal["ok", "non_finite", "fallback"]
 
 
@@ -71,18 +71,28 @@ def ending(trained: Trained, best: Best, status: BlockStatus) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class TrainTask(DoneByAll):
-    """Epoch `epoch` of block `block`. Outputs that nobody needs are None.
+class Piece:
+    """A chunk of samples: its number among all, where a block's inputs are for it, and where its targets."""
 
-    `inputs` and `targets` are the chunks of the block's inputs and of the full-precision stream `ahead` blocks after it.
-    `previous` is the state after the epoch before, `state` the one to write, `stream` the block's own outputs on `inputs`,
-    `quantized` its result; all that it makes has the key `key`.
+    number: int
+    inputs: Chunk
+    targets: Chunk
+
+
+@dataclass(frozen=True)
+class TrainTask(DoneByAll):
+    """Unit `unit` of block `block`, in epoch `epoch`. Outputs that nobody needs are None.
+
+    `trains` is what it trains on, `passes` what its state is measured over and handed on for: the block's inputs, and the
+    full-precision stream `ahead` blocks after it. `previous` is the state after the unit before, `state` the one to write,
+    `stream` the block's own outputs on `passes`, `quantized` its result; all that it makes has the key `key`.
     """
 
     block: int
+    unit: int
     epoch: int
-    inputs: tuple[Chunk, ...]
-    targets: tuple[Chunk, ...]
+    trains: tuple[Piece, ...]
+    passes: tuple[Piece, ...]
     previous: Artifact | None
     state: Artifact | None
     stream: Artifact | None
@@ -97,10 +107,11 @@ class TrainTask(DoneByAll):
         members = worker.members
         if members.agree(members.leads and self._is_done(worker)):
             return {"taken_up_at_step": 0}
-        worker.chunks.drop_except({chunk.artifact.path for chunk in (*self.inputs, *self.targets)})
+        read = {chunk for piece in (*self.trains, *self.passes) for chunk in (piece.inputs, piece.targets)}
+        worker.chunks.drop_except({chunk.artifact.path for chunk in read})
         worker.keep_frozen(range(self.block, self.block + self.ahead + 1))
         self._await_first(worker)
-        commits = Commits(worker, self.block, self.epoch, self.key)
+        commits = Commits(worker, self.block, self.unit, self.key)
         epoch = commits.take_up() or self._begin(worker)
         taken_up = len(epoch.losses)
         worker.held = None
@@ -122,15 +133,16 @@ class TrainTask(DoneByAll):
 
     def _await_first(self, worker: Worker) -> None:
         """Let the first chunk arrive while weights and state do."""
-        first = 0 if self.comparison == "begins" else self._order(worker)[0]
-        worker.chunks.prefetch([self.inputs[first], self.targets[first]])
+        first = self.passes[0] if self.comparison == "begins" else self._order(worker)[0]
+        worker.chunks.prefetch([first.inputs, first.targets])
 
-    def _order(self, worker: Worker) -> list[int]:
-        """Of the chunks, keyed by seed, block and epoch."""
-        return permutation(len(self.inputs), worker.config.optimizer.seed, self.block, self.epoch)
+    def _order(self, worker: Worker) -> list[Piece]:
+        """Of what is trained on, keyed by seed, block and epoch."""
+        order = permutation(len(self.trains), worker.config.optimizer.seed, self.block, self.epoch)
+        return [self.trains[place] for place in order]
 
     def _begin(self, worker: Worker) -> Epoch:
-        """At the epoch's first step."""
+        """At the unit's first step."""
         trained, best, history = self._take_up(worker)
         if self.previous is None:
             self._start(worker, trained)
@@ -159,14 +171,13 @@ class TrainTask(DoneByAll):
         equivalence.start(block, collect_ranges(block, equivalence.pairs, self._batches_of_inputs(worker)))
 
     def _batches_of_inputs(self, worker: Worker, most: int | None = None) -> Iterator[tuple[Tensor, Arguments]]:
-        """The inputs of the first so many chunks, with what the block is called with besides; None: of all."""
-        for chunk in range(len(self.inputs))[:most]:
+        """The inputs of the first so many chunks that are trained on, with what the block is called with besides; None: of all."""
+        for inputs in self._inputs(worker, self.trains[:most]):
             worker.leave_if_asked()
-            inputs = self._inputs(worker, chunk)
             yield inputs, worker.arguments(self.block, inputs.shape[1])
 
     def _take_up(self, worker: Worker) -> tuple[Trained, Best | None, list[dict[str, Any]]]:
-        """The block after the epoch before: still held by this worker, or rebuilt from its committed state."""
+        """The block after the unit before: still held by this worker, or rebuilt from its committed state."""
         # Let go of it at once: training changes it, and a unit that fails half-way must start from the committed state.
         held, worker.held = worker.held, None
         record = read_record(worker.store, self.previous) if self.previous else None
@@ -193,15 +204,15 @@ class TrainTask(DoneByAll):
         return Frozen(tuple(call(self.block + 1 + n) for n in range(self.ahead)), itself)
 
     def _train(self, worker: Worker, epoch: Epoch, commits: Commits) -> None:
-        """What is left of one pass."""
+        """What is left of the steps."""
         order = self._order(worker)
         done = len(epoch.losses)
-        for place, chunk in enumerate(order):
-            batches = self._batches(worker, chunk)[done:]
-            done = max(0, done - len(self._batches(worker, chunk)))
+        for place, piece in enumerate(order):
+            batches = self._batches(worker, piece.number)[done:]
+            done = max(0, done - len(self._batches(worker, piece.number)))
             if not batches:
                 continue
-            inputs, targets = self._chunk(worker, chunk, order[place + 1 : place + 2])
+            inputs, targets = self._chunk(worker, piece, order[place + 1 : place + 2])
             arguments = worker.trainee_arguments(self.block, inputs.shape[1])
             frozen = self._frozen(worker, inputs.shape[1])
             for batch in batches:
@@ -217,11 +228,10 @@ class TrainTask(DoneByAll):
         step = config.optimizer.batch_size
         return [samples[start : start + step] for start in range(0, size, step)]
 
-    def _chunk(self, worker: Worker, chunk: int, following: list[int]) -> tuple[Tensor, Tensor]:
+    def _chunk(self, worker: Worker, piece: Piece, following: Sequence[Piece]) -> tuple[Tensor, Tensor]:
         """Inputs and targets of a chunk; the next ones begin to arrive meanwhile."""
-        worker.chunks.prefetch([self.inputs[chunk], self.targets[chunk]])
-        worker.chunks.prefetch(c for n in following for c in (self.inputs[n], self.targets[n]))
-        return worker.chunks.get(self.inputs[chunk]), worker.chunks.get(self.targets[chunk])
+        worker.chunks.prefetch(chunk for p in (piece, *following) for chunk in (p.inputs, p.targets))
+        return worker.chunks.get(piece.inputs), worker.chunks.get(piece.targets)
 
     def _conclude(self, worker: Worker, epoch: Epoch, pause: Callable[[], None]) -> dict[str, Any]:
         """Measure the trained block, choose, and commit. Leaves `epoch` as it is, so that it can be committed meanwhile."""
@@ -270,8 +280,9 @@ class TrainTask(DoneByAll):
         return replace(best, name="round_to_nearest", loss=loss, result=rounded, untrained_experts=[]), "fallback"
 
     def _entry(self, worker: Worker, epoch: Epoch, loss: float | None) -> dict[str, Any]:
-        """What the reports tell of this epoch."""
+        """What the reports tell of this unit."""
         return {
+            "unit": self.unit,
             "epoch": self.epoch,
             "training_loss": number(sum(epoch.losses) / len(epoch.losses)),
             "loss": None if loss is None else number(loss),
@@ -288,7 +299,7 @@ class TrainTask(DoneByAll):
         pause: Callable[[], None],
     ) -> float:
         """Mean loss of the block as a loader would compute it, over the samples that states are compared by; writes its own
-        outputs for all samples to `stream`, and is infinite where one of these is not finite.
+        outputs for all that it passes to `stream`, and is infinite where one of these is not finite.
 
         `pause` is called between chunks, and may raise.
         """
@@ -297,7 +308,7 @@ class TrainTask(DoneByAll):
         error, count = 0.0, 0
         objective = make_method(worker.context).objective
         with behind(stream) if stream else nullcontext() as files:
-            for chunk, inputs, targets in self._pass(worker, compared):
+            for piece, inputs, targets in self._pass(worker, self.passes[:compared]):
                 pause()
                 arguments, frozen = worker.arguments(self.block, inputs.shape[1]), self._frozen(worker, inputs.shape[1])
                 outputs = []
@@ -307,27 +318,26 @@ class TrainTask(DoneByAll):
                     error += float(losses.sum(dtype=torch.float64))
                     count += losses.numel()
                 if files:
-                    write_chunk(files, stream_file(chunk), torch.cat(outputs))
+                    write_chunk(files, stream_file(piece.number), torch.cat(outputs))
             if files:
-                for chunk in range(compared, len(self.inputs)):
+                rest = self.passes[compared:]
+                for piece, inputs in zip(rest, self._inputs(worker, rest), strict=True):
                     pause()
-                    inputs = self._inputs(worker, chunk)
                     leaving = outputs_of(block, inputs, worker.arguments(self.block, inputs.shape[1]))
                     error = error if leaving.isfinite().all() else math.inf
-                    write_chunk(files, stream_file(chunk), leaving)
+                    write_chunk(files, stream_file(piece.number), leaving)
         return error / count if math.isfinite(error) else math.inf
 
-    def _pass(self, worker: Worker, most: int | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """The first so many chunks; None: all."""
-        chunks = range(len(self.inputs))[:most]
-        for chunk in chunks:
-            inputs, targets = self._chunk(worker, chunk, [n for n in (chunk + 1,) if n in chunks])
-            yield chunk, inputs.to(worker.device), targets.to(worker.device)
+    def _pass(self, worker: Worker, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Tensor, Tensor]]:
+        for place, piece in enumerate(pieces):
+            inputs, targets = self._chunk(worker, piece, pieces[place + 1 : place + 2])
+            yield piece, inputs.to(worker.device), targets.to(worker.device)
 
-    def _inputs(self, worker: Worker, chunk: int) -> Tensor:
-        """Of a chunk, where its targets are not asked for; the next one's begin to arrive meanwhile."""
-        worker.chunks.prefetch(self.inputs[chunk : chunk + 2])
-        return worker.chunks.get(self.inputs[chunk]).to(worker.device)
+    def _inputs(self, worker: Worker, pieces: Sequence[Piece]) -> Iterator[Tensor]:
+        """Where targets are not asked for; the next ones begin to arrive meanwhile."""
+        for place, piece in enumerate(pieces):
+            worker.chunks.prefetch(p.inputs for p in pieces[place : place + 2])
+            yield worker.chunks.get(piece.inputs).to(worker.device)
 
     def _hand_on(
         self, worker: Worker, trained: Trained, best: Best | None, history: list[dict[str, Any]]

@@ -1,6 +1,6 @@
 """Commits inside a training unit: one that is cut goes on from the last of them and not from its start.
 
-Each is an artifact of its own, `partial/block-003-epoch-001-step-000012-KEY`, with the key of what the unit makes: it holds
+Each is an artifact of its own, `partial/block-003-unit-001-step-000012-KEY`, with the key of what the unit makes: it holds
 for exactly that unit, wherever it goes on. Each takes the place of the one before, and none outlives the unit's own commit.
 """
 
@@ -32,9 +32,9 @@ class Epoch:
     losses: list[float]
 
 
-def unit_name(block: int, epoch: int) -> str:
+def unit_name(block: int, unit: int) -> str:
     """What the artifacts of one training unit are called."""
-    return f"block-{block:03d}-epoch-{epoch:03d}"
+    return f"block-{block:03d}-unit-{unit:03d}"
 
 
 def partial_owner(path: str) -> tuple[str, str]:
@@ -47,10 +47,10 @@ def partial_owner(path: str) -> tuple[str, str]:
 class Commits:
     """The commits of one unit, by a clock that starts with it."""
 
-    def __init__(self, worker: Worker, block: int, epoch: int, key: str) -> None:
+    def __init__(self, worker: Worker, block: int, unit: int, key: str) -> None:
         self.worker = worker
         self.block = block
-        self.name = unit_name(block, epoch)
+        self.name = unit_name(block, unit)
         self.key = key
         self.last = time.monotonic()
         self.written = -1

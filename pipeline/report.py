@@ -120,6 +120,8 @@ def schedule_words(schedule: ScheduleConfig) -> str:
     refresh = (
         f"inputs renewed every {schedule.refresh_every} epochs" if schedule.refresh_every else "inputs never renewed"
     )
+    if schedule.parts > 1:
+        refresh = f"epochs in {schedule.parts} parts"
     return f"{schedule.kind}, {refresh}" + (f", lead {schedule.lead}" if schedule.lead else "")
 
 
@@ -365,7 +367,7 @@ def timeline(finished: Finished, blocks: list[dict[str, Any]]) -> dict[str, Any]
     From the commit records where they are still there, else from what the drivers noted.
     """
     stamps = {entry[0]: dict(zip(FIELDS[1:], entry[1:], strict=True)) for entry in finished.units.values()}
-    stamps |= {f"optimize/{e['block']:03d}/{e['epoch']:03d}": e for e in training_timeline(blocks) if "epoch" in e}
+    stamps |= {f"optimize/{e['block']:03d}/{e['unit']:03d}": e for e in training_timeline(blocks) if "unit" in e}
     for node in finished.graph.nodes:
         if node.name not in stamps:
             record = read_record(finished.prepared.store, node.makes[0])

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from pipeline.artifacts import Artifact
-from pipeline.config import RunConfig, ScheduleConfig
+from pipeline.config import RunConfig
 from pipeline.config_file import parse_config
 from pipeline.data_free import StreamTask
-from pipeline.graph import Graph, Inputs, build_graph, comparison, input_epoch
+from pipeline.graph import Graph, Inputs, build_graph
 from pipeline.optimize import TrainTask
 
 TOKENS = Artifact("tokens", "calibration", "t" * 64)
@@ -47,40 +47,6 @@ def inputs(blocks: int = 3, **sections: Any) -> Inputs:
 
 def dependencies(built: Graph) -> dict[str, set[str]]:
     return {unit.name: set(unit.depends_on) for unit in built.units(built.nodes)}
-
-
-@pytest.mark.parametrize(
-    ("kind", "every", "expected"),
-    [
-        ("sequential", 1, [3, 3, 3, 3]),
-        ("parallel", 1, [None, 0, 1, 2]),
-        ("parallel", 2, [None, None, 1, 1]),
-        ("parallel", 0, [None, None, None, None]),
-        ("wave", 1, [0, 1, 2, 3]),
-        ("wave", 2, [0, 0, 2, 2]),
-        ("wave+1", 1, [1, 2, 3, 3]),
-        ("wave+3", 1, [3, 3, 3, 3]),
-        ("wave+1", 2, [1, 1, 3, 3]),
-    ],
-)
-def test_schedule_says_which_state_of_the_block_before_is_the_input(kind: str, every: int, expected: list[Any]) -> None:
-    kind, _, lead = kind.partition("+")
-    schedule = ScheduleConfig.model_validate({"kind": kind, "refresh_every": every, "lead": int(lead or 0)})
-    assert [input_epoch(schedule, epoch, 4) for epoch in range(4)] == expected
-
-
-@pytest.mark.parametrize(
-    ("kind", "every", "expected"),
-    [
-        ("sequential", 1, ["begins", "goes_on", "goes_on", "goes_on"]),
-        ("parallel", 0, ["begins", "goes_on", "goes_on", "goes_on"]),
-        ("parallel", 2, ["none", "none", "begins", "goes_on"]),
-        ("wave", 1, ["none", "none", "none", "begins"]),
-    ],
-)
-def test_losses_are_compared_only_on_the_last_inputs(kind: str, every: int, expected: list[str]) -> None:
-    schedule = ScheduleConfig.model_validate({"kind": kind, "refresh_every": every})
-    assert [comparison(schedule, epoch, 4) for epoch in range(4)] == expected
 
 
 def test_capture_is_a_wave_over_chunks() -> None:
@@ -213,7 +179,7 @@ def test_a_look_ahead_is_cut_to_the_blocks_that_there_are(blocks: int, ahead: in
     tasks = [node.task for node in built.nodes if isinstance(node.task, TrainTask) and node.task.epoch == 0]
     assert [task.ahead for task in tasks] == [min(ahead, blocks - 1 - block) for block in range(blocks)]
     for task, boundary in zip(tasks, boundaries, strict=True):
-        names = [chunk.artifact.name for chunk in task.targets]
+        names = [piece.targets.artifact.name for piece in task.trains]
         assert names == [f"boundary-{boundary:03d}-chunk-{chunk:05d}" for chunk in range(2)]
 
 

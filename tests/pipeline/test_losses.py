@@ -109,12 +109,12 @@ def test_the_losses_reported_are_those_of_the_objective_and_the_stream_is_the_bl
     losses = []
     task: Any = node.task
     with torch.no_grad():
-        for place, (source, target) in enumerate(zip(task.inputs, task.targets, strict=True)):
-            inputs = read_tensors(worker.store, source.artifact, CHUNK_FILE)["hidden"]
+        for place, piece in enumerate(task.trains):
+            inputs = read_tensors(worker.store, piece.inputs.artifact, CHUNK_FILE)["hidden"]
             output = run_block(quantized, inputs, worker.arguments(0, 16))
             ahead = run_block(following, output, worker.arguments(1, 16))
             own = run_block(plain, inputs, worker.arguments(0, 16))
-            further = read_tensors(worker.store, target.artifact, CHUNK_FILE)["hidden"]
+            further = read_tensors(worker.store, piece.targets.artifact, CHUNK_FILE)["hidden"]
             if 4 * place < compared:
                 losses.append(token_losses(ahead, further, "mse") + 0.5 * token_losses(output, own, "mse"))
             stream = read_tensors(worker.store, task.stream, f"chunk-{place:05d}.safetensors")["hidden"]

@@ -166,7 +166,7 @@ def test_sigkill_under_a_look_ahead_and_a_staged_start(model: Path, short_text: 
     tree = tiny_tree(model, short_text, tmp_path / "run", cluster={"workers": 2, "commit_every_seconds": 0}, **sections)
     config = write_config(tmp_path / "config.yaml", tree)
     first = command(config)
-    wait_for_commits(tmp_path / "run", "partial/block-*-epoch-001-*/" + RECORD, 1, first)
+    wait_for_commits(tmp_path / "run", "partial/block-*-unit-001-*/" + RECORD, 1, first)
     kill_driver_and_actors(first)
     second = command(config)
     _, err = second.communicate(timeout=240)
