@@ -195,17 +195,22 @@ class TorchAttachment(Alone):
             # A linear that the batch does not reach (an expert) takes part with zeros: one step count serves all.
             if parameter.grad is None and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        self._share([loss, *gradients])
-        finite = bool(torch.isfinite(torch.stack([loss, *[torch.linalg.vector_norm(g) for g in gradients]])).all())
+        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        self._share(loss, gradients)
+        norms = [torch.linalg.vector_norm(gradient) for gradient in gradients.values()]
+        finite = self._agree(torch.isfinite(torch.stack([loss, *norms])).all())
         if finite:
             self.optimizer.step()
         # They are as large as what is trained, and nobody reads them after the step.
         self.optimizer.zero_grad(set_to_none=True)
         return loss.item(), finite
 
-    def _share(self, tensors: list[Tensor]) -> None:
-        """Sum the tensors in place over all processes that share the batches; here there is one."""
+    def _share(self, loss: Tensor, gradients: Mapping[str, Tensor]) -> None:
+        """Sum the loss and the parameters' gradients in place over all processes that share the batches; here there is one."""
+
+    def _agree(self, finite: Tensor) -> bool:
+        """Whether it holds in all of these processes."""
+        return bool(finite)
 
     def whole(
         self, module: nn.Module, *, changing: bool = False, together: bool = False

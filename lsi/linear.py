@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -167,6 +168,8 @@ class QuantizedLinear(nn.Module):
         self.start = start
         # Whether it computes with the weight as it is.
         self.plain = False
+        # Where the processes of a group share its rows (`lsi.rows`): makes all of W_hat of this one's.
+        self.gather: Callable[[Tensor], Tensor] | None = None
         self.recompute = linear.weight.numel() >= MANY if recompute is None else recompute
         self.scale_dtype = start.scale.dtype if start else parts.scale_dtype
         self.register_buffer("weight", start.dequantize() if start else linear.weight.detach(), persistent=False)
@@ -236,7 +239,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.plain:
-            return functional.linear(x, widened(self.weight), self.bias)
+            return functional.linear(x, self._all_rows(widened(self.weight)), self.bias)
         if self.recompute and torch.is_grad_enabled():
             # Nothing in it is random. (Where the weight is replaced from outside, it must be until after the backward pass.)
             result: Tensor = checkpoint(self._product, x, use_reentrant=False, preserve_rng_state=False)
@@ -247,7 +250,11 @@ class QuantizedLinear(nn.Module):
         kind = self.weight.device.type
         # Autocast would round W_hat to its dtype in a further pass over it, and widen its gradient in another.
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return functional.linear(x, fake_quantize(*self.transformed(), self.grid, self._offset, dtype), self.bias)
+        own = fake_quantize(*self.transformed(), self.grid, self._offset, dtype)
+        return functional.linear(x, self._all_rows(own), self.bias)
+
+    def _all_rows(self, own: Float[Tensor, "rows in"]) -> Float[Tensor, "out in"]:
+        return own if self.gather is None else self.gather(own)
 
     @torch.no_grad()
     def present_grid(self) -> tuple[Float[Tensor, "out groups"], UInt8[Tensor, "out groups"]]:

@@ -248,7 +248,8 @@ class Reconstruction:
 
     @torch.no_grad()
     def quantized(self) -> dict[str, QuantizedWeight]:
-        """Codes, scales and zero points of the present parameters, by linear name. Of a group, the first one's to ask for."""
+        """Codes, scales and zero points of the present parameters, by linear name. Of a group whose members hold parts, the first one's
+        to ask for; of another all ask together."""
         few = set(self.untrained_experts())
         return self._within(lambda: {n: self._quantized(n, clip=self.experts.get(n) in few) for n in self.linears})
 
@@ -274,8 +275,8 @@ class Reconstruction:
         return {name: tensor for name, tensor in tensors.items() if name not in in_linears}
 
     def export_lazily(self) -> dict[str, Later]:
-        """Parameters, and AdamW's moments, to go on from elsewhere, one by one before the next step. Of a group, the first
-        one's to ask for."""
+        """Parameters, and AdamW's moments, to go on from elsewhere, one by one before the next step. Of a group as
+        for `quantized`."""
         state = self.attachment.export_state()
         state["steps"] = at_hand(torch.tensor([self.steps_done, self.status == "non_finite"], dtype=torch.int64))
         if self.tokens:

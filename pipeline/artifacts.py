@@ -167,6 +167,17 @@ class Writer:
         self.store.delete_all(self.folder)
 
 
+class Standby(Writer):
+    """Of a group's others, who compute what its first one writes: writes nothing."""
+
+    def write(self, name: str, data: Data) -> None:
+        """Nothing."""
+
+    def commit(self, meta: dict[str, Any]) -> Record:
+        """What the first one's record will say, but for its files."""
+        return Record(self.artifact.key, {}, meta)
+
+
 # Records are immutable while they are there, and every chunk of a stream is read through the same one.
 _known: dict[tuple[str, str], Record] = {}
 _MOST_KNOWN = 4096

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -98,6 +98,12 @@ class BlockResult:
         load_tensors(block, self.folded)
         load_quantized(block, self.weights)
 
+    def tensors(self) -> Iterator[Tensor]:
+        """All of it, in an order of its own."""
+        for _, weight in sorted(self.weights.items()):
+            yield from (weight.codes, weight.scale, weight.zero_point)
+        yield from (tensor for _, tensor in sorted(self.folded.items()))
+
     def pack(self) -> dict[str, Tensor]:
         """Flat tensors, for one file: NAME/codes, NAME/scale, NAME/zero_point of a linear, and NAME/folded."""
         packed = {
@@ -125,6 +131,9 @@ def read_result(store: Store, artifact: Artifact) -> BlockResult:
 def as_loaded(worker: Worker, block: int, result: BlockResult) -> nn.Module:
     """A block of the caller's own that computes as a loader of the checkpoint would."""
     own = sharing_copy(worker.block(block))
+    if worker.together:
+        # Another processor of a group may have rounded otherwise, and all are to compute with what is committed.
+        worker.members.take_over(result.tensors())
     result.load(own)
     quantize_activations(own, worker.linears(block), worker.config.scheme)
     return own

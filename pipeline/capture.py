@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsi.block import outputs_of
 from pipeline.artifacts import Artifact, Writer, read_tensors
-from pipeline.worker import Chunk, Worker
+from pipeline.worker import Chunk, PassedByAll, Worker
 from pipeline.write_behind import Behind
 
 CHUNK_FILE = "hidden.safetensors"
@@ -40,7 +39,7 @@ class EmbedTask:
 
 
 @dataclass(frozen=True)
-class CaptureTask:
+class CaptureTask(PassedByAll):
     """Boundary `block` + 1 of one chunk, from boundary `block` of the same chunk."""
 
     block: int
@@ -52,8 +51,8 @@ class CaptureTask:
         worker.chunks.prefetch([self.inputs])  # arrives while the weights do
         block = worker.block(self.block)
         hidden = worker.chunks.get(self.inputs).to(worker.device)
-        output = outputs_of(block, hidden, worker.arguments(self.block, hidden.shape[1]))
-        writer = Writer(worker.store, self.out)
+        output = worker.outputs(block, hidden, worker.arguments(self.block, hidden.shape[1]))
+        writer = worker.writer(self.out)
         write_chunk(writer, CHUNK_FILE, output)
         writer.commit({"stamp": worker.stamp()})
         return {}

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from lsi.block import outputs_of, round_block
+from lsi.block import round_block
 from pipeline.artifacts import Artifact, Writer
 from pipeline.block_state import WEIGHTS_FILE, BlockResult, as_loaded, read_result
 from pipeline.capture import write_chunk
 from pipeline.optimize import stream_file
-from pipeline.worker import Chunk, Worker
+from pipeline.worker import Chunk, PassedByAll, Worker
 from pipeline.write_behind import behind
 
 
@@ -51,7 +51,7 @@ class RoundTask:
 
 
 @dataclass(frozen=True)
-class StreamTask:
+class StreamTask(PassedByAll):
     """The outputs of a rounded block on chunks of its inputs, by their numbers: what the next block trains on."""
 
     block: int
@@ -65,13 +65,13 @@ class StreamTask:
         chunks = list(self.inputs.items())
         worker.chunks.prefetch(chunk for _, chunk in chunks[:1])  # arrives while the weights do
         block = as_loaded(worker, self.block, read_result(worker.store, self.quantized))
-        writer = Writer(worker.store, self.stream)
+        writer = worker.writer(self.stream)
         with behind(writer) as files:
             for place, (number, chunk) in enumerate(chunks):
                 worker.leave_if_asked()
                 worker.chunks.prefetch(coming for _, coming in chunks[place : place + 2])
                 hidden = worker.chunks.get(chunk).to(worker.device)
-                output = outputs_of(block, hidden, worker.arguments(self.block, hidden.shape[1]))
+                output = worker.outputs(block, hidden, worker.arguments(self.block, hidden.shape[1]))
                 write_chunk(files, stream_file(number), output)
         writer.commit({"loss": None, "stamp": worker.stamp()})
         return {}

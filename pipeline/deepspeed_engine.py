@@ -31,8 +31,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lsi.engine import Attachment, Later, TorchEngine, cut
-from lsi.group import share
+from lsi.engine import Attachment, Later, TorchEngine
+from lsi.group import even_parts
 from lsi.steps import Group, Steps, as_groups, make_optimizer, project, set_rates
 from pipeline.deepspeed_ops import load_cpu_adam, start_deepspeed
 from pipeline.partition import Partners, Word
@@ -308,11 +308,8 @@ class DeepSpeedAttachment:
             raise RuntimeError("this block's engine was closed or has taken in another block since")
 
     def parts(self, samples: int, most: int | None) -> list[slice]:
-        """The same number of passes for every member, since a linear's tensors are put together by all of them."""
-        rank, size = self.partners.rank, self.partners.size
-        start, stop = share(samples, rank, size)
-        own, passes = cut(start, stop, most), len(cut(0, -(-samples // size), most))
-        return own + [slice(stop, stop)] * (passes - len(own))
+        """A linear's tensors are put together by all members."""
+        return even_parts(samples, self.partners.rank, self.partners.size, most)
 
     def total(self, counts: list[int]) -> list[int]:
         found: list[int] = self.partners.summed(torch.tensor(counts, dtype=torch.int64)).tolist()

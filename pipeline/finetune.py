@@ -61,7 +61,7 @@ class TuneTask(TrainTask):
                 losses = token_losses(run_block(tail, hidden, arguments), target, "next_token")
                 total += float(losses.sum(dtype=torch.float64))
                 count += losses.numel()
-        return total / count if math.isfinite(total) else math.inf
+        return worker.agreed(total / count if math.isfinite(total) else math.inf)
 
     def _finish(
         self,
@@ -75,7 +75,7 @@ class TuneTask(TrainTask):
         weights = (best.result or trained.initial(worker, self.block)).weights
         common = ending(trained, best, status)
         for place, artifact in enumerate(self.results):
-            writer = Writer(worker.store, artifact)
+            writer = worker.writer(artifact)
             writer.write_tensors(WEIGHTS_FILE, BlockResult(of_block(place, weights)).pack())
             # They were trained in one go, which is told once.
             writer.commit({"block": self.block + place, **common, "history": [] if place else history})

@@ -1,20 +1,25 @@
 """The processes that train a block together (`lsi.group`): where they meet, and what they have to agree on.
 
-All of them run the same training unit. The first one alone commits, measures and is told to leave; the others read what it
-reads, step as it steps, and stand by for the next unit.
+All of them run the same training unit. The first one alone commits and is told to leave; the others read what it reads, step as it
+steps, and compute their part of its passes, or stand by where it passes alone (`Worker.together`).
 """
 
 from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable, Iterable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from cluster.group import ALONE, Membership
+from lsi.rows import Place
 
+Number = TypeVar("Number", int, float)
 # The first may measure and write for hours while the others wait; that one of them is gone is the driver's to find out.
 _PATIENCE = timedelta(days=30)
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
@@ -43,13 +48,28 @@ class Members:
             _BACKENDS[device], store=store, rank=self.membership.rank, world_size=self.size, timeout=_PATIENCE
         )
 
-    def agree(self, number: int) -> int:
-        """The first one's number, for all: what it found on storage, which may have changed before another looks."""
+    @torch.no_grad()
+    def shared(self, batch: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """What `function` makes of a batch, of its shape and dtype; each process computes a part of the samples, and gets the others'."""
+        if self.size == 1:
+            return function(batch)
+        place = Place(None)
+        own = batch[place.rows(len(batch))]
+        return place.gather(function(own) if len(own) else own, len(batch))
+
+    def agree(self, number: Number) -> Number:
+        """The first one's number, for all: what it found on storage, which may have changed before another looks, or what another
+        processor may round otherwise."""
         if self.size == 1:
             return number
-        told = torch.tensor(number, dtype=torch.int64)
+        told = torch.tensor(number, dtype=torch.float64 if isinstance(number, float) else torch.int64)
         dist.broadcast(told, 0)
-        return int(told)
+        return type(number)(told.item())
+
+    def take_over(self, tensors: Iterable[Tensor]) -> None:
+        """The first one's values, in place."""
+        for tensor in tensors if self.size > 1 else ():
+            dist.broadcast(tensor, 0)
 
 
 def _listen(host: str, port: int) -> int:

@@ -20,7 +20,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lsi.block import at_once, outputs_of, round_block, run_block
+from cluster.units import YieldUnit
+from lsi.block import at_once, round_block
 from lsi.equivalence import Equivalence, collect_ranges
 from lsi.objective import Call, Frozen
 from pipeline.artifacts import Artifact, Writer, intact, read_record, read_tensors
@@ -118,10 +119,15 @@ class TrainTask(DoneByAll):
         if worker.config.compute.partitions:
             # It is read again to measure by the first member; none keeps it whole beside its part.
             worker.forget_block()
-        self._train(worker, epoch, commits)
-        if not members.leads:
-            return self._stand_by(worker, epoch.trained)
-        done = self._conclude(worker, epoch, lambda: commits.check(epoch))
+        try:
+            self._train(worker, epoch, commits)
+            if not (members.leads or worker.together):
+                return self._stand_by(worker, epoch.trained)
+            done = self._conclude(worker, epoch, lambda: commits.check(epoch))
+        except YieldUnit:
+            if members.leads:
+                raise
+            return {}  # it leaves with the first one, whose answer is the group's
         epoch.trained.reconstruction.attachment.dismiss()
         commits.clear()
         return done | {"taken_up_at_step": taken_up}
@@ -146,7 +152,7 @@ class TrainTask(DoneByAll):
         trained, best, history = self._take_up(worker)
         if self.previous is None:
             self._start(worker, trained)
-        if self.comparison == "begins" and worker.members.leads:
+        if self.comparison == "begins" and (worker.members.leads or worker.together):
             initial = self._measure(worker, trained.initial(worker, self.block), None, worker.leave_if_asked)
             best = Best("initial", initial, None, initial)
         return Epoch(trained, best, history, [])
@@ -236,7 +242,7 @@ class TrainTask(DoneByAll):
     def _conclude(self, worker: Worker, epoch: Epoch, pause: Callable[[], None]) -> dict[str, Any]:
         """Measure the trained block, choose, and commit. Leaves `epoch` as it is, so that it can be committed meanwhile."""
         trained, best = epoch.trained, epoch.best
-        stream = Writer(worker.store, self.stream) if self.stream else None
+        stream = worker.writer(self.stream) if self.stream else None
         loss = None
         status: BlockStatus = trained.reconstruction.status
         if stream or best:
@@ -311,22 +317,21 @@ class TrainTask(DoneByAll):
             for piece, inputs, targets in self._pass(worker, self.passes[:compared]):
                 pause()
                 arguments, frozen = worker.arguments(self.block, inputs.shape[1]), self._frozen(worker, inputs.shape[1])
-                outputs = []
-                for some, wanted in zip(at_once(inputs), at_once(targets), strict=True):
-                    outputs.append(run_block(block, some, arguments))
-                    losses = objective.losses(outputs[-1], some, wanted, frozen)
+                outputs = worker.outputs(block, inputs, arguments)
+                for output, some, wanted in zip(*map(at_once, (outputs, inputs, targets)), strict=True):
+                    losses = objective.losses(output, some, wanted, frozen)
                     error += float(losses.sum(dtype=torch.float64))
                     count += losses.numel()
                 if files:
-                    write_chunk(files, stream_file(piece.number), torch.cat(outputs))
+                    write_chunk(files, stream_file(piece.number), outputs)
             if files:
                 rest = self.passes[compared:]
                 for piece, inputs in zip(rest, self._inputs(worker, rest), strict=True):
                     pause()
-                    leaving = outputs_of(block, inputs, worker.arguments(self.block, inputs.shape[1]))
+                    leaving = worker.outputs(block, inputs, worker.arguments(self.block, inputs.shape[1]))
                     error = error if leaving.isfinite().all() else math.inf
                     write_chunk(files, stream_file(piece.number), leaving)
-        return error / count if math.isfinite(error) else math.inf
+        return worker.agreed(error / count if math.isfinite(error) else math.inf)
 
     def _pass(self, worker: Worker, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Tensor, Tensor]]:
         for place, piece in enumerate(pieces):
@@ -343,14 +348,14 @@ class TrainTask(DoneByAll):
         self, worker: Worker, trained: Trained, best: Best | None, history: list[dict[str, Any]]
     ) -> dict[str, Any]:
         assert self.state is not None
-        writer = Writer(worker.store, self.state)
+        writer = worker.writer(self.state)
         writer.write_tensors(STATE_FILE, pack_state(trained, best))
         writer.commit({"history": history, "best": best.meta() if best else None})
         worker.held = (self.state.key, (trained, best))
         return {"loss": history[-1]["loss"], "status": history[-1]["status"]}
 
     def _stand_by(self, worker: Worker, trained: Trained) -> dict[str, Any]:
-        """Of a group's others: the first one alone measures, chooses and commits. What it reads of the state they serve."""
+        """Of a group's others that hold parts: the first one alone measures, chooses and commits. What it reads they serve."""
         trained.reconstruction.attachment.follow()
         worker.held = (self.state.key, (trained, None)) if self.state else None
         return {}
@@ -368,7 +373,7 @@ class TrainTask(DoneByAll):
         result = best.result or trained.initial(worker, self.block)
         if result.folded:
             meta["folded"] = sorted(result.folded)
-        writer = Writer(worker.store, out)
+        writer = worker.writer(out)
         writer.write_tensors(WEIGHTS_FILE, result.pack())
         writer.commit(meta)
         return {"loss": meta["loss"], "status": status}

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from cluster.units import YieldUnit
-from pipeline.artifacts import Artifact, CorruptArtifactError, Writer, discard, read_record, read_tensors
+from pipeline.artifacts import Artifact, CorruptArtifactError, discard, read_record, read_tensors
 from pipeline.block_state import Best, Trained, own_part, pack_state, unpack_state
 from pipeline.worker import Worker
 
 KIND = "partial"
 FILE = "partial.safetensors"
+# What the first of a group says to the others: nothing, commit, or commit and leave.
+LEAVE = 2
 
 
 @dataclass
@@ -102,12 +104,17 @@ class Commits:
 
     def check(self, epoch: Epoch) -> None:
         """Between two steps: commit if it is time. Raises YieldUnit, after a commit, if the worker has to leave."""
-        if not self.worker.members.leads:
+        members, together = self.worker.members, self.worker.together
+        if not (members.leads or together):
             return
         leaving = self.worker.should_yield()
-        if leaving or time.monotonic() - self.last >= self.worker.config.cluster.commit_every_seconds:
+        due = leaving or time.monotonic() - self.last >= self.worker.config.cluster.commit_every_seconds
+        # The first one's word: it has the state from the others.
+        said = due + leaving
+        said = members.agree(said) if together else said
+        if said:
             self._write(epoch)
-        if leaving:
+        if said == LEAVE:
             raise YieldUnit
 
     def _write(self, epoch: Epoch) -> None:
@@ -115,15 +122,17 @@ class Commits:
         if step != self.written:
             # In float64 a loss stays what it is, NaN included, which JSON does not know.
             losses = torch.tensor(epoch.losses, dtype=torch.float64)
-            writer = Writer(self.worker.store, self._artifact(step))
+            writer = self.worker.writer(self._artifact(step))
             writer.write_tensors(FILE, pack_state(epoch.trained, epoch.best) | {"losses": losses})
             writer.commit({"history": epoch.history, "best": epoch.best.meta() if epoch.best else None})
             before, self.written = self.written, step
-            if before >= 0:
+            if before >= 0 and self.worker.members.leads:
                 discard(self.worker.store, self._artifact(before))
         self.last = time.monotonic()
 
     def clear(self) -> None:
         """Remove them all: the unit's own commit is there."""
+        if not self.worker.members.leads:
+            return
         for step in self._steps():
             discard(self.worker.store, self._artifact(step))

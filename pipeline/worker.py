@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from cluster.group import ALONE, Membership, ShouldYield, stay
 from cluster.units import UnitError, YieldUnit
-from lsi.block import linear_names
+from lsi.block import linear_names, outputs_of
 from lsi.engine import Engine
 from lsi.objective import freeze
-from pipeline.artifacts import Artifact, CorruptArtifactError, discard, read_tensors
+from pipeline.artifacts import Artifact, CorruptArtifactError, Standby, Writer, discard, read_tensors
 from pipeline.call_arguments import call_arguments
 from pipeline.config import RunConfig
 from pipeline.engines import home_of, make_engine
@@ -275,6 +275,26 @@ class Worker:
             self._engine.close()
         self.chunks.drop_except(set())
 
+    @property
+    def together(self) -> bool:
+        """Whether all processes of a group take part in whatever reads a block in training, and in passes without gradients. Where each
+        holds a part of the block only, the first one alone does, and the others serve it."""
+        return not self.config.compute.partitions
+
+    def writer(self, artifact: Artifact) -> Writer:
+        """Writes an artifact in this process's name, if it is the one who does."""
+        return Writer(self.store, artifact) if self.members.leads else Standby(self.store, artifact)
+
+    def outputs(self, block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
+        """What a block makes of hidden states, without gradients. Each process of a group computes a part of the samples."""
+        if not self.together:
+            return outputs_of(block, hidden, arguments)
+        return self.members.shared(hidden, lambda part: outputs_of(block, part, arguments))
+
+    def agreed(self, loss: float) -> float:
+        """A loss that all processes of a group have computed, as the first one has: it decides what becomes of the block."""
+        return self.members.agree(loss) if self.together else loss
+
     def leave_if_asked(self) -> None:
         """Between two pieces of work, wherever a unit may be cut. Raises YieldUnit."""
         if self.should_yield():
@@ -312,6 +332,15 @@ class DoneByAll:
     """A unit that all processes of a worker do together. Others are the first one's alone."""
 
 
+class PassedByAll:
+    """A unit that they do together where they compute together (`Worker.together`), and else the first one alone."""
+
+
+def takes_part(task: Task, worker: Worker) -> bool:
+    """Whether a unit is this process's to do."""
+    return worker.members.leads or isinstance(task, DoneByAll) or (isinstance(task, PassedByAll) and worker.together)
+
+
 def make_handler(
     context: Context, name: str, should_yield: ShouldYield = stay, membership: Membership = ALONE
 ) -> Callable[[Task], dict[str, Any]]:
@@ -328,7 +357,7 @@ def make_handler(
         except UserError as error:
             raise UnitError("fatal", str(error)) from error
     members.join(context.config.compute.device)
-    return lambda task: handle_unit(task, worker) if members.leads or isinstance(task, DoneByAll) else {}
+    return lambda task: handle_unit(task, worker) if takes_part(task, worker) else {}
 
 
 def handle_unit(task: Task, worker: Worker) -> dict[str, Any]:

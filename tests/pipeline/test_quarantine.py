@@ -85,10 +85,15 @@ def assert_said(finished: Finished, result: dict[str, Any], block: int, status: 
     assert "finished, 1 block flagged" in shown.stdout
 
 
-SCHEDULES: list[dict[str, Any]] = [{"kind": "sequential"}, {"kind": "parallel"}, {"kind": "wave", "lead": 1}]
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "sequential": {"kind": "sequential"},
+    "parallel": {"kind": "parallel"},
+    "wave": {"kind": "wave", "lead": 1},
+    "wave-in-parts": {"kind": "wave", "parts": 2, "lead": 1},
+}
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s["kind"])
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_a_block_that_always_fails_is_rounded_and_the_rest_is_trained(
     model: Path, short_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: dict[str, Any]
 ) -> None:

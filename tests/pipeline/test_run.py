@@ -74,6 +74,8 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "never-refreshed": {"kind": "parallel", "refresh_every": 0},
     "wave": {"kind": "wave"},
     "wave-with-lead": {"kind": "wave", "lead": 1},
+    "wave-in-parts": {"kind": "wave", "parts": 2},
+    "wave-in-parts-with-lead": {"kind": "wave", "parts": 2, "lead": 1},
 }
 
 

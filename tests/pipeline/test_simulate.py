@@ -148,10 +148,15 @@ class Watching(Silent):
         self.most = max(self.most, sum(size for key, size in sizes.items() if not key.endswith(RECORD)))
 
 
-@pytest.mark.parametrize("ahead", [0, 2])
-def test_the_high_water_mark_is_that_of_a_real_run(model: Path, short_text: Path, tmp_path: Path, ahead: int) -> None:
+@pytest.mark.parametrize(("ahead", "parts"), [(0, 1), (2, 1), (0, 3)])
+def test_the_high_water_mark_is_that_of_a_real_run(
+    model: Path, short_text: Path, tmp_path: Path, ahead: int, parts: int
+) -> None:
     """Up to what safetensors headers take: the tiny files are hardly larger than their headers."""
-    sizes = {"data": {"samples": 24, "sequence_length": 64}, "schedule": {"kind": "wave", "lead": 1}}
+    sizes = {
+        "data": {"samples": 24, "sequence_length": 64},
+        "schedule": {"kind": "wave", "lead": 1, "parts": parts},
+    }
     given = tiny_config(model, short_text, tmp_path / "run", method={"look_ahead": ahead}, **sizes)
     watch = Watching(given)
     finished, _ = run(given, watch, inline_workers)
