@@ -10,6 +10,9 @@ Products (floating point operations), P being the weights of a block's linears, 
     end to end, a token       blocks · (3 · forward) and the head: forward and gradient of its inputs, and the target's logits
     memory    a step          `_FAKE_QUANTIZATION` bytes a weight, `_DENSE` more for a dense increment and its AdamW
 
+The processes of a group share the sequences of a step, and with plain torch those of passes without gradients and the rows that are
+quantized; what they send each other is not counted.
+
 The memory figures are counted from the elementwise operations of `lsi.linear` and torch's AdamW in float32, not measured;
 `_SEARCH` is measured, beside `_FAKE_QUANTIZATION`.
 """
@@ -113,6 +116,11 @@ class Costs:
         self.groups = sum(out * grid.groups(width) for out, width in shape.linears)
         self.trained = trained_numbers(self.config, shape)
         self.codes = shape.weights + self.groups * (shape.itemsize + 1.0)
+        compute = self.config.compute
+        # Processes that share the sequences of a step, those of passes without gradients, and what is computed from the weights.
+        self.members = compute.group
+        self.passing = 1 if compute.partitions else compute.group
+        self.quantizing = 1 if compute.partitions or self.config.method.equivalence else compute.group
         self.block_bytes = float(shape.weights * shape.itemsize)
         self.outer_bytes = float(shape.outer * shape.itemsize)
 
@@ -154,6 +162,7 @@ class Costs:
         return tokens * 2.0 * (self.shape.weights + length * self.shape.attention) / self.device.flops
 
     def _pass(self, samples: int) -> float:
+        """Seconds of one process for a block's forward pass over so many."""
         length = self.config.data.sequence_length
         return self._forward(samples * length, length)
 
@@ -166,9 +175,8 @@ class Costs:
         factors = sum(ranks) if factored(increment) else 0
         memory = self.shape.weights * (_FAKE_QUANTIZATION + _DENSE * every_weight)
         passes = 3 + 2 * ahead + self._own_passes()
-        return passes * self._pass(config.data.samples) + steps * (
-            4.0 * factors / self.device.flops + memory / self.device.memory
-        )
+        weights = 4.0 * factors / self.device.flops + memory / self.device.memory
+        return passes * self._pass(config.data.samples) / self.members + steps * weights / self.quantizing
 
     def step(self) -> float:
         """Seconds of one of these steps, with a whole batch and nothing beside the block."""
@@ -202,7 +210,7 @@ class Costs:
         samples = self._samples(int(task.out.name.rpartition("-")[2]))
         size = self._activations(samples)
         return Cost(
-            compute=self._pass(samples),
+            compute=self._pass(samples) / self.passing,
             block=task.block,
             weights=self.block_bytes,
             reads=(Read(task.inputs.artifact.path, size),),
@@ -218,8 +226,9 @@ class Costs:
         # They are measured over the first chunks; with a stream to write, one of them runs over the others as well.
         first = self.config.storage.chunks_of(COMPARED_SAMPLES)
         measured = self._samples_of(task.passes[:first])
-        losses = (1 + task.ahead + self._own_passes()) * self._pass(measured)
-        streaming = losses + self._pass(passed - measured) if task.stream else 0.0
+        # All of a group take the losses of all that is measured.
+        losses = (1 / self.passing + task.ahead + self._own_passes()) * self._pass(measured)
+        streaming = losses + self._pass(passed - measured) / self.passing if task.stream else 0.0
         measuring = (states - bool(task.stream)) * losses + streaming
         writes: list[tuple[str, float]] = []
         if task.stream:
