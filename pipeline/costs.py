@@ -287,13 +287,14 @@ class Costs:
         tokens, passes = samples * self.config.data.sequence_length, 3 if task.backward else 1
         # Half of `outer` is the head's products; forward, the gradient of its inputs, and the target's.
         head = (passes if task.backward else 2) * tokens * self.shape.outer / self.device.flops
+        shared = samples / -(-samples // self.passing)
         state, scales = task.scales, 4.0 * self.groups * self.shape.blocks
         codes = self.codes * self.shape.blocks
         again = not self.config.end_to_end.resident
         chunk = self._activations(self._samples(task.share.chunk))
         gradient = 4.0 * self.groups * self.shape.blocks
         return Cost(
-            compute=(passes + (again and task.backward)) * self.shape.blocks * self._pass(samples) + head,
+            compute=((passes + (again and task.backward)) * self.shape.blocks * self._pass(samples) + head) / shared,
             block=None if again else -1,
             weights=codes * (1 + (again and task.backward)) + self.outer_bytes,
             reads=(

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from lsi.scales import adam_step, finite, initial_state, scaled
@@ -23,7 +24,7 @@ from pipeline.block_state import WEIGHTS_FILE, number, read_result
 from pipeline.config import RunConfig
 from pipeline.optimize import permutation
 from pipeline.student import Student, block_file
-from pipeline.worker import Chunk, Worker
+from pipeline.worker import Chunk, PassedByAll, Worker
 
 # The scales before and after are compared over so many of the stage's sequences.
 COMPARED_SAMPLES = 4
@@ -110,8 +111,8 @@ def student_of(worker: Worker, results: tuple[Artifact, ...], scales: Artifact |
 
 
 @dataclass(frozen=True)
-class GradientTask:
-    """The loss over some sequences, and with `backward` its gradient for every scale.
+class GradientTask(PassedByAll):
+    """The loss over some sequences, and with `backward` its gradient for every scale. The processes of a group share the sequences.
 
     `results`: of all blocks. `scales`: the state after the step before; None: the results' own scales. `inputs` enter the
     first block, `targets` leave the full-precision model's last one.
@@ -129,18 +130,22 @@ class GradientTask:
         student = student_of(worker, self.results, self.scales)
         worker.chunks.prefetch([self.inputs, self.targets])
         inputs, targets = worker.chunks.get(self.inputs), worker.chunks.get(self.targets)
-        places = [slice(place, place + 1) for place in self.share.samples]
+        samples = worker.members.part(self.share.samples) if worker.together else self.share.samples
+        places = [slice(place, place + 1) for place in samples]
         ends = [(inputs[one].to(worker.device), targets[one].to(worker.device)) for one in places]
-        writer, good = Writer(worker.store, self.out), True
+        writer, good = worker.writer(self.out), True
 
         def write(block: int, gradients: dict[str, Tensor]) -> None:
             nonlocal good
+            worker.add_up(gradients.values())
             good = good and finite(gradients)
             writer.write_tensors(block_file(block), {name: gradient.cpu() for name, gradient in gradients.items()})
 
-        loss = student.backward(ends, write) if self.backward else student.losses(ends)
+        own = student.backward(ends, write) if self.backward else student.losses(ends)
+        whole = torch.tensor(own, dtype=torch.float64)
+        worker.add_up([whole])
+        loss, tokens = whole.item(), len(self.share.samples) * inputs.shape[1]
         good = good and math.isfinite(loss)
-        tokens = len(ends) * inputs.shape[1]
         writer.commit({"tokens": tokens, "loss": number(loss), "finite": good, "stamp": worker.stamp()})
         worker.student = student
         return {"loss": loss / tokens} if math.isfinite(loss) else {}

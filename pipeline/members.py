@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ from cluster.group import ALONE, Membership
 from lsi.rows import Place
 
 Number = TypeVar("Number", int, float)
+Item = TypeVar("Item")
 # The first may measure and write for hours while the others wait; that one of them is gone is the driver's to find out.
 _PATIENCE = timedelta(days=30)
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
@@ -56,6 +57,15 @@ class Members:
         place = Place(None)
         own = batch[place.rows(len(batch))]
         return place.gather(function(own) if len(own) else own, len(batch))
+
+    def part(self, samples: Sequence[Item]) -> Sequence[Item]:
+        """A process's own of some samples."""
+        return samples if self.size == 1 else samples[Place(None).rows(len(samples))]
+
+    def add_up(self, tensors: Iterable[Tensor]) -> None:
+        """The sums over all processes, in place."""
+        for tensor in tensors if self.size > 1 else ():
+            dist.all_reduce(tensor)
 
     def agree(self, number: Number) -> Number:
         """The first one's number, for all: what it found on storage, which may have changed before another looks, or what another

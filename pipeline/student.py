@@ -128,7 +128,7 @@ class Student:
             head_pass(self.around.head, one, pair[1], backward=backward)
             for one, pair in zip(leaving, ends, strict=True)
         ]
-        return sum(loss for loss, _ in passes), [gradient for _, gradient in passes]
+        return sum((loss for loss, _ in passes), 0.0), [gradient for _, gradient in passes]
 
     def _one_by_one(self, ends: list[Ends], write: Write) -> float:
         """One sequence after another through all blocks."""
@@ -142,8 +142,8 @@ class Student:
             total += loss
             if math.isfinite(loss):
                 hidden.backward(gradient)
-        for index, opened in self.kept.items():
-            write(index, opened.take_gradients())
+        for index in range(len(self.results)):
+            write(index, self._open(index).take_gradients())
         return total
 
     def _block_by_block(self, ends: list[Ends], write: Write) -> float:

@@ -291,6 +291,11 @@ class Worker:
             return outputs_of(block, hidden, arguments)
         return self.members.shared(hidden, lambda part: outputs_of(block, part, arguments))
 
+    def add_up(self, tensors: Iterable[Tensor]) -> None:
+        """Sums over the processes that compute together, in place."""
+        if self.together:
+            self.members.add_up(tensors)
+
     def agreed(self, loss: float) -> float:
         """A loss that all processes of a group have computed, as the first one has: it decides what becomes of the block."""
         return self.members.agree(loss) if self.together else loss

@@ -13,12 +13,12 @@ import psutil
 import pytest
 from running import Silent, checkpoint_hashes, run, tiny_config
 
-from cluster.events import Event, WorkerLost
+from cluster.events import Event, UnitReturned, WorkerLost
 from cluster.scheduler import Instruction
 from pipeline.artifacts import RECORD
 from pipeline.driver import StoppedError
 from pipeline.graph import Node
-from pipeline.report import block_reports
+from pipeline.report import block_reports, end_report
 from pipeline.run import Finished, ray_workers
 
 # Sums of two parts instead of whole ones: nothing else in the first epoch's eight steps. Later some weight lands on the other
@@ -28,6 +28,7 @@ SIZE: dict[str, Any] = {
     "data": {"samples": 30},  # the last batch, of two samples, leaves one of each to the members
     "optimizer": {"batch_size": 4},
     "schedule": {"kind": "sequential"},
+    "end_to_end": {"epochs": 1, "samples": 7, "batch_size": 3, "unit_samples": 3},
 }
 ENGINES = ("torch", "deepspeed")
 
@@ -59,9 +60,11 @@ def alone(model: Path, short_text: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def losses(finished: Finished) -> list[float]:
-    """Every epoch's mean training loss, and each block's at its end."""
-    blocks = block_reports(finished)
-    return [entry["training_loss"] for block in blocks for entry in block["history"]] + [b["loss"] for b in blocks]
+    """Every epoch's mean training loss, each block's at its end, and the divergence at the end of all."""
+    blocks, end = block_reports(finished), end_report(finished)
+    assert end is not None
+    training = [entry["training_loss"] for block in blocks for entry in block["history"]]
+    return [*training, *(block["loss"] for block in blocks), end["initial_loss"], end["loss"]]
 
 
 @pytest.mark.ray
@@ -73,11 +76,13 @@ def test_two_actors_have_the_losses_of_one(undisturbed: Finished, alone: Finishe
 
 
 class Killer(Silent):
-    """Kills the group's other process when the second training unit has committed a step or more."""
+    """Sends a signal to one of the group's processes when the second training unit has committed a step or more: to the first one or
+    to the other."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, sent: signal.Signals, *, first: bool) -> None:
         super().__init__()
-        self.folder, self.taken_up, self.lost = folder, [0], 0
+        self.folder, self.sent, self.first = folder, sent, first
+        self.taken_up, self.lost, self.returned = [0], 0, 0
 
     def finished(self, node: Node, result: dict[str, Any]) -> None:
         super().finished(node, result)
@@ -88,25 +93,28 @@ class Killer(Silent):
                 process.pid for process in below if process.cmdline()[:1] and "ray::Actor" in process.cmdline()[0]
             }
             (other,) = actors - {result["pid"]}
-            threading.Thread(target=self._kill, args=[other]).start()
+            threading.Thread(target=self._kill, args=[result["pid"] if self.first else other]).start()
 
     def _kill(self, pid: int) -> None:
         while not list(self.folder.glob(f"partial/*-step-00000[1-9]-*/{RECORD}")):
             time.sleep(0.002)
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, self.sent)
 
     def event(self, event: Event | Instruction) -> None:
         self.lost += isinstance(event, WorkerLost)
+        self.returned += isinstance(event, UnitReturned)
 
 
 @pytest.mark.ray
-def test_a_member_is_killed_and_the_group_goes_on_from_its_last_commit_to_the_same_bytes(
-    undisturbed: Finished, engine: str, model: Path, short_text: Path, tmp_path: Path
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM], ids=["the-other-killed", "the-first-told-to-leave"])
+def test_a_member_is_gone_and_a_group_goes_on_from_the_last_commit_to_the_same_bytes(
+    undisturbed: Finished, engine: str, model: Path, short_text: Path, tmp_path: Path, sent: signal.Signals
 ) -> None:
     changed = group(engine) | {"cluster": {"workers": 1, "commit_every_seconds": 0}}
-    report = Killer(tmp_path / "run")
+    told = sent == signal.SIGTERM
+    report = Killer(tmp_path / "run", sent, first=told)
     finished, _ = run(tiny_config(model, short_text, tmp_path / "run", **changed), report, ray_workers)
-    assert report.lost
+    assert report.returned if told else report.lost
     assert max(report.taken_up) > 0
     assert checkpoint_hashes(finished.prepared.checkpoint) == checkpoint_hashes(undisturbed.prepared.checkpoint)
     timeline = json.loads(finished.prepared.store.get("manifest.json"))["timeline"]
