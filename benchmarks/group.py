@@ -1,11 +1,13 @@
-"""One block, two Ray actors: the loss curve against one actor's, the wall time, and the peak memory of every actor.
+"""One block, a group of Ray actors: the loss curve against one actor's, wall time, CPU time and peak memory of every actor.
 
     python benchmarks/group.py --epochs 4 --repeats 2 --json OUT
+    python benchmarks/group.py --members 2 4 8 --batch 8 --rounding --json OUT
     python benchmarks/group.py --epochs 1 --repeats 1 --hidden 2048 --engines torch deepspeed --json OUT
 
 The first block of SmolLM2-135M on its own inputs, 512 tokens a sample, one thread an actor; or with --hidden a random one of
-LLaMA-2-70B's proportions. The times are of the training steps alone, and every repeat measures one actor (plain torch) and two of each
-engine, one after the other. Peaks are resident memory (VmHWM), with what a process holds before any work.
+LLaMA-2-70B's proportions. The times are of the training steps alone, and every repeat measures one actor (plain torch) and groups of each
+engine, one after the other. Wall time says something where every actor has a core; CPU time, what they send each other over loopback
+included, says what an actor has to do. Peaks are resident memory (VmHWM), with what a process holds before any work.
 """
 
 from __future__ import annotations
@@ -56,23 +58,27 @@ def setup(settings: list[str], name: str, should_yield: ShouldYield, membership:
         inputs, targets = (torch.cat(trial.boundaries[boundary]) for boundary in (0, 1))
         training.begin_clipping([(inputs[:16], arguments)])
         losses = []
-        began = time.monotonic()
+        began, before = time.monotonic(), time.process_time()
         for _ in range(options.epochs):
             for pair in zip(inputs.split(options.batch), targets.split(options.batch), strict=True):
                 losses.append(training.step(*pair, arguments))
-        seconds = time.monotonic() - began
-        peaks = [round(peak_rss_mib())]
+        seconds, own = time.monotonic() - began, (time.process_time() - before, peak_rss_mib())
+        every = [own] * members.size
         if members.size > 1:
-            peaks = [0] * members.size
-            dist.all_gather_object(peaks, round(peak_rss_mib()))
-        return {"losses": losses, "seconds": seconds, "peak_rss_mib": peaks}
+            dist.all_gather_object(every, own)
+        return {
+            "losses": losses,
+            "seconds": seconds,
+            "cpu_seconds": [round(cpu, 2) for cpu, _ in every],
+            "peak_rss_mib": [round(peak) for _, peak in every],
+        }
 
     return train
 
 
 def measure(model: str, case: Case, settings: list[str]) -> dict[str, Any]:
     members, engine = case
-    with ray_session("local", cpus=2):
+    with ray_session("local", cpus=members):
         group = RayGroup(partial(setup, [*settings, f"--engine={engine}"]), [Pool(most=1, members=members)])
         try:
             outcome = run_units(group, [Unit("train", model)], max_attempts=1)
@@ -104,13 +110,19 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--hidden", type=int, help="of a random block, a divisor of 8192; default: SmolLM2's")
-    parser.add_argument("--engines", nargs="+", choices=["torch", "deepspeed"], default=["torch"], help="of two actors")
+    parser.add_argument("--members", type=int, nargs="+", default=[2], help="of the groups")
+    parser.add_argument("--engines", nargs="+", choices=["torch", "deepspeed"], default=["torch"], help="of the groups")
+    parser.add_argument(
+        "--rounding", action="store_true", help="learned rounding and signed steps in place of a dense increment"
+    )
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
     settings = ["--blocks", "1"]
     settings += [f"--{name}={getattr(options, name)}" for name in ("epochs", "samples", "batch")]
+    if options.rounding:
+        settings += ["--increment=none", "--rounding", "--clipping=direct", "--steps=signed", "--bits=2"]
     alone: Case = (1, "torch")
-    together: list[Case] = [(2, engine) for engine in options.engines]
+    together: list[Case] = [(members, engine) for engine in options.engines for members in options.members]
     with tempfile.TemporaryDirectory() as model:
         make_model(Path(model), options.hidden)
         runs = [{case: measure(model, case, settings) for case in (alone, *together)} for _ in range(options.repeats)]
@@ -128,6 +140,7 @@ def main() -> None:
         "time_ratio": [
             {named(case): round(run[case]["seconds"] / run[alone]["seconds"], 3) for case in together} for run in runs
         ],
+        "cpu_seconds": [{named(case): run[case]["cpu_seconds"] for case in run} for run in runs],
         "peak_rss_mib": [{named(case): run[case]["peak_rss_mib"] for case in run} for run in runs],
     }
     options.json.write_text(json.dumps(found, indent=1) + "\n")

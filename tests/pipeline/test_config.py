@@ -169,6 +169,26 @@ def test_values_out_of_range_are_named(section: str, key: str, value: Any) -> No
             "set compute.group to 1 or less",
         ),
         (
+            {"schedule": {"kind": "parallel", "parts": 2}},
+            "schedule.parts 2 means nothing for parallel",
+            "schedule.kind to wave",
+        ),
+        (
+            {"schedule": {"kind": "sequential", "lead": 1}},
+            "schedule.lead 1 means nothing for sequential",
+            "schedule.kind to wave",
+        ),
+        (
+            {"schedule": {"kind": "wave", "parts": 2, "refresh_every": 2}},
+            "schedule.refresh_every is 2",
+            "set it to 1, or schedule.parts to 1",
+        ),
+        (
+            {"schedule": {"kind": "wave", "parts": 5}, "data": {"source": "t", "samples": 30}},
+            "schedule.parts 5 is more than the 4 chunks of 8 samples (storage.chunk_samples) that data.samples 30 make",
+            "schedule.parts to 4 or less, or storage.chunk_samples smaller",
+        ),
+        (
             {"compute": {"engine": "deepspeed", "checkpoint": True}},
             "compute.checkpoint runs parts of a block again",
             "compute.checkpoint to false",
