@@ -2,7 +2,7 @@
 (`lsi.rows`); gradients are summed, all take the same step.
 
 A sum over n parts is another sum than over the whole batch: losses agree with one process's to rounding (1e-6 in float32), and not
-to the byte. The size of the group is therefore part of what a result is named by. With the same size it repeats to the byte.
+to the byte; in bfloat16, which gradients of W_hat are summed in where products are, to its own. The size of the group is therefore part of what a result is named by. With the same size it repeats to the byte.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lsi.engine import Later, TorchAttachment, at_hand, cut
 from lsi.experts import expert_of
 from lsi.linear import QuantizedLinear
-from lsi.rows import Place, SharedRows
+from lsi.rows import Place, SharedRows, enough_rows
 from lsi.steps import Group, Steps
 
 
@@ -72,11 +72,14 @@ class GroupEngine:
         """Nothing is kept."""
 
 
-def sharing(block: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[tuple[str, QuantizedLinear]]:
-    """The linears whose rows the members share: those that all of them reach in every pass, and that quantize their weight as it is."""
+def sharing(block: nn.Module, linears: Mapping[str, nn.Module], size: int) -> Iterator[tuple[str, QuantizedLinear]]:
+    """The linears whose rows so many members share: those that all of them reach in every pass, that quantize their weight as it is,
+    and that have rows for each."""
     for name, linear in linears.items():
         assert isinstance(linear, QuantizedLinear)
-        if expert_of(block, name) is None and linear.rows is None and linear.columns is None:
+        routed = expert_of(block, name) is not None or "experts" in name.split(".")  # opened, or a model's own list
+        transformed = linear.rows is not None or linear.columns is not None
+        if not routed and not transformed and enough_rows(len(linear.weight), size):
             yield name, linear
 
 
@@ -93,7 +96,7 @@ class GroupAttachment(TorchAttachment):
         place: Place,
     ) -> None:
         self.place = place
-        self.shared = {name: SharedRows(linear, place) for name, linear in sharing(block, linears)}
+        self.shared = {name: SharedRows(linear, place) for name, linear in sharing(block, linears, place.size)}
         # One member's rows of a parameter, by its name.
         self.own = {f"{name}.{part}": (rows, part) for name, rows in self.shared.items() for part in rows.own}
         narrowed = {name: self._own_rows(name, parameter) for name, parameter in parameters.items()}

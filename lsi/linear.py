@@ -239,7 +239,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.plain:
-            return functional.linear(x, self._all_rows(widened(self.weight)), self.bias)
+            return functional.linear(x, widened(self._all_rows(self.weight)), self.bias)
         if self.recompute and torch.is_grad_enabled():
             # Nothing in it is random. (Where the weight is replaced from outside, it must be until after the backward pass.)
             result: Tensor = checkpoint(self._product, x, use_reentrant=False, preserve_rng_state=False)

@@ -18,6 +18,11 @@ from lsi.increment import DenseIncrement, FactoredIncrement
 from lsi.linear import QuantizedLinear
 
 
+def enough_rows(count: int, size: int) -> bool:
+    """Whether so many rows leave none of so many processes without one."""
+    return (size - 1) * -(-count // size) < count
+
+
 class Place:
     """One process's among those of a group; None: of all processes."""
 

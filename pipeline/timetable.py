@@ -72,7 +72,8 @@ class Timetable:
         """What the state after a unit is measured over, and hands its outputs on for, if any block reads them.
 
         With parts, these are the chunks that the block after it trains on `lead` units later than this one did, and after
-        the last unit all that are left. They come from the latest state of the block before that has given them.
+        the last unit all that are left. They come from the unit of the block before that this one has trained on them after,
+        or from one that is so many epochs later as `lead` holds.
         """
         parts, lead = self.schedule.parts, self.schedule.lead
         if parts > 1 and unit == self.last:

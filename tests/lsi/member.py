@@ -35,6 +35,14 @@ METHODS = {
         steps="signed",
         recompute=True,
     ),
+    "bfloat16": Method(
+        GRID,
+        Parts("direct", Increment("none"), True, torch.float32),
+        {"clipping": 1e-2, "rounding": 1e-2},
+        8,
+        steps="signed",
+        autocast=torch.bfloat16,
+    ),
     "dense": Method(
         GRID, Parts("learned", Increment("dense"), False, torch.float32), {"clipping": 1e-2, "increment": 1e-3}, 8
     ),

@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from material import NAMES, make_layer
-from member import METHODS, train
+from member import GRID, METHODS, train
 from safetensors.torch import load_file
+from torch import nn
 
-from lsi.group import GroupEngine
+from lsi.group import GroupEngine, sharing
+from lsi.linear import QuantizedLinear
 from lsi.reconstruct import Reconstruction
 
 HERE = Path(__file__).parent
@@ -56,6 +58,28 @@ def test_processes_have_the_losses_of_one_and_repeat_to_the_byte(tmp_path: Path,
         torch.testing.assert_close(first[name], tensor, rtol=1e-3, atol=1e-6)
     again, *_ = train_together(tmp_path / "two", size, method)
     assert same(first, again)
+
+
+def test_in_bfloat16_the_losses_agree_to_its_rounding(tmp_path: Path) -> None:
+    losses, _ = train(None, "bfloat16")
+    first, second = train_together(tmp_path / "one", 2, "bfloat16")
+    assert same(first, second)
+    assert first["losses"].tolist() == pytest.approx(losses, rel=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("size", "shared"), [(2, {"wide", "narrow"}), (6, {"wide", "narrow"}), (10, {"wide"}), (12, {"narrow"})]
+)
+def test_rows_are_shared_where_all_members_have_some_and_come_by(size: int, shared: set[str]) -> None:
+    """64 rows in shares of 6 leave none for the twelfth, 12 rows in shares of 2 none for the seventh."""
+    block = nn.Module()
+    rows = {"wide": 64, "narrow": 12, "gate": 1, "experts.0.up": 64}
+    linears = {
+        name: QuantizedLinear(nn.Linear(32, count), GRID, METHODS["rounding"].parts) for name, count in rows.items()
+    }
+    block.wide, block.narrow, block.gate = linears["wide"], linears["narrow"], linears["gate"]
+    block.experts = nn.ModuleList([nn.ModuleDict({"up": linears["experts.0.up"]})])
+    assert {name for name, _ in sharing(block, linears, size)} == shared
 
 
 @pytest.fixture
