@@ -233,7 +233,9 @@ class EndToEndConfig(Section):
     )
     batch_size: int = Field(4, ge=1, description="sequences a step")
     unit_samples: int = Field(
-        4, ge=1, description="sequences of a step that one worker takes at a time; workers share a step, and the actors of a group (compute.group) these"
+        4,
+        ge=1,
+        description="sequences of a step that one worker takes at a time; workers share a step, and the actors of a group (compute.group) these",
     )
     learning_rate: float = Field(5e-3, gt=0, description="of each scale, as a part of itself")
     resident: bool = Field(
