@@ -4,7 +4,8 @@
     python benchmarks/quality.py --table OUT
 
 Tools: the presets of configs/presets, `rtn` (round-to-nearest), `lwc-let` and `lwc-let-lsi` (OmniQuant's parts, and the increment
-beside them, one epoch at rates that were tuned alike), `best-wave` (`best` for many workers), `gptq` and `awq` (llm-compressor, its defaults), `awq-4`
+beside them, one epoch at rates that were tuned alike), both with `-end` (the last stage of `fast` behind them), `fast-group` (`fast`
+with two actors a block), `best-wave` (`best` for many workers), `gptq` and `awq` (llm-compressor, its defaults), `awq-4`
 (4 points of its search, which has 20), `auto-round` (50 steps of batch 2), `auto-round-default` (200 of batch 8), and
 `full-precision`, which only measures the model itself, once for all settings. Settings:
 w4ch is one scale per output channel, w3g64 one per 64 inputs; asymmetric, or symmetric with -sym; w8a8ch-sym quantizes activations
@@ -75,11 +76,16 @@ def omniquant(increment: str, clipping_rate: float) -> dict[str, Any]:
     }
 
 
+# The last stage of the preset `fast`.
+FEW_STEPS_END = {"end_to_end": {"epochs": 1, "samples": 24, "batch_size": 1}}
 # Of our own tools that are no presets, the sections of their configuration.
 RECIPES: dict[str, dict[str, Any]] = {
     "rtn": {"method": {"clipping": "none", "increment": "none"}, "optimizer": {"epochs": 0}},
     "lwc-let": omniquant("none", 3e-1),
     "lwc-let-lsi": omniquant("diagonal", 1e-1),
+    "lwc-let-end": omniquant("none", 3e-1) | FEW_STEPS_END,
+    "lwc-let-lsi-end": omniquant("diagonal", 1e-1) | FEW_STEPS_END,
+    "fast-group": {"preset": "fast", "compute": {"group": 2}},
     "best-wave": {"preset": "best", "schedule": {"kind": "wave"}},
 }
 WITHOUT_CHANCE = {"rtn", "gptq", "awq", "awq-4"}
