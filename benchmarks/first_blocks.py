@@ -167,7 +167,7 @@ class Trial:
             for start in range(0, len(order), options.batch):
                 batch = order[start : start + options.batch]
                 training.step(inputs[chunk][batch], targets[chunk][batch], self.arguments[index], frozen)
-        if unit < table.last and not table.hands_on(unit):
+        if unit < table.last and unit not in table.handed_on():
             return
         block = self.block(index)
         result_of(training, torch.bfloat16).load(block)

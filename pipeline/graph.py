@@ -145,7 +145,10 @@ class Builder:
         self.graph = Graph()
         self.base = {"algorithm": ALGORITHM, "compute": dict(inputs.compute), "model": inputs.model_config_digest}
         self.ranges = chunk_ranges(self.config.data.samples, self.config.storage.chunk_samples)
-        self.timetable = timetable_of(self.config)
+        # Of every block alike.
+        self.timetable = table = timetable_of(self.config)
+        self.handed_on = table.handed_on()
+        self.readings = [(table.training(u), table.passing(u), table.comparison(u)) for u in range(table.units)]
         self.hidden: list[list[Artifact]] = []
         self.streams: dict[tuple[int, int], Artifact] = {}
         self.quantized: list[Artifact] = []
@@ -211,7 +214,7 @@ class Builder:
 
     def _hands_on(self, block: int, unit: int) -> bool:
         """Whether the block after reads this block's outputs after this unit."""
-        return block + 1 < self.inputs.blocks and self.timetable.hands_on(unit)
+        return block + 1 < self.inputs.blocks and unit in self.handed_on
 
     def _inputs_of(self, block: int, reading: Reading) -> dict[int, Chunk]:
         """A block's inputs, by the chunks' numbers."""
@@ -239,10 +242,9 @@ class Builder:
         table, ahead = self.timetable, self._ahead(block)
         settings = self._settings("scheme", "method", "optimizer")
         previous: Artifact | None = None
-        for unit in range(table.units):
-            trains, passes = (self._pieces(block, r) for r in (table.training(unit), table.passing(unit)))
-            # Under a schedule block 0's inputs never change, but its losses are compared like every other block's.
-            compare = table.comparison(unit)
+        # Under a schedule block 0's inputs never change, but its losses are compared like every other block's.
+        for unit, (training, passing, compare) in enumerate(self.readings):
+            trains, passes = self._pieces(block, training), self._pieces(block, passing)
             key = self.key(
                 "train",
                 settings=settings,
@@ -287,10 +289,10 @@ class Builder:
     def _stream_rounded(self, block: int, quantized: Artifact) -> None:
         """What the blocks after a quarantined one train on: its outputs, once for each of its inputs."""
         made: dict[tuple[Chunk, ...], Artifact] = {}
-        for unit in range(self.timetable.units):
+        for unit, (_, passing, _) in enumerate(self.readings):
             if not self._hands_on(block, unit):
                 continue
-            inputs = self._inputs_of(block, self.timetable.passing(unit))
+            inputs = self._inputs_of(block, passing)
             chunks = tuple(inputs.values())
             if chunks not in made:
                 addresses = [[number, chunk.artifact.key] for number, chunk in inputs.items()]

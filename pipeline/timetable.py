@@ -83,9 +83,9 @@ class Timetable:
             return self.training(unit)
         return Reading(tuple(self.part(unit - lead)), min(unit + lead // parts * parts, self.last))
 
-    def hands_on(self, unit: int) -> bool:
-        """Whether the block after reads what this unit passes on."""
-        return unit in {self._source(reader) for reader in range(self.units)}
+    def handed_on(self) -> set[int | None]:
+        """The units of a block whose outputs the block after it reads."""
+        return {self._source(reader) for reader in range(self.units)}
 
     def comparison(self, unit: int) -> Comparison:
         """Whether the state after a unit is measured on what the last one is, and is the first that is: losses are compared

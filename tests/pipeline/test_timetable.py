@@ -74,7 +74,7 @@ def test_with_a_lead_a_unit_hands_on_what_the_next_block_trains_on_then_and_the_
     assert [found.training(unit).source for unit in range(8)] == [2, 3, 4, 5, 6, 7, 7, 7]
     assert [found.passing(unit).chunks for unit in range(2, 8)] == [(0,), (1,), (2,), (3,), (4,), (5, 6, 7)]
     assert [found.passing(unit).source for unit in range(2, 8)] == [2, 3, 4, 5, 6, 7]
-    assert [found.hands_on(unit) for unit in range(8)] == [False, False] + [True] * 6
+    assert found.handed_on() == set(range(2, 8))
 
 
 EVERY_WAVE = [
@@ -87,12 +87,12 @@ EVERY_WAVE = [
 def test_what_a_unit_reads_has_been_handed_on(parts: int, epochs: int, lead: int, chunks: int) -> None:
     found = table(f"wave+{lead}", parts=parts, epochs=epochs, chunks=chunks)
     for unit in range(found.units):
-        readings = [found.training(unit), *([found.passing(unit)] if found.hands_on(unit) else [])]
+        readings = [found.training(unit), *([found.passing(unit)] if unit in found.handed_on() else [])]
         for reading in readings:
             assert reading.source is not None
             # It is there when the wave has come so far: `lead` units after this one, one state of the whole chain.
             assert unit <= reading.source <= unit + lead
-            assert found.hands_on(reading.source)
+            assert reading.source in found.handed_on()
             assert set(reading.chunks) <= set(found.passing(reading.source).chunks)
     trained = sorted(chunk for unit in range(found.units) for chunk in found.training(unit).chunks)
     assert trained == sorted(list(range(chunks)) * epochs)
