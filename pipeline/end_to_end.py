@@ -130,8 +130,7 @@ class GradientTask(PassedByAll):
         student = student_of(worker, self.results, self.scales)
         worker.chunks.prefetch([self.inputs, self.targets])
         inputs, targets = worker.chunks.get(self.inputs), worker.chunks.get(self.targets)
-        samples = worker.members.part(self.share.samples) if worker.together else self.share.samples
-        places = [slice(place, place + 1) for place in samples]
+        places = [slice(place, place + 1) for place in worker.part(self.share.samples)]
         ends = [(inputs[one].to(worker.device), targets[one].to(worker.device)) for one in places]
         writer, good = worker.writer(self.out), True
 

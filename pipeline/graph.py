@@ -21,7 +21,7 @@ from pipeline.evaluate import EvaluateTask, Variant
 from pipeline.merge import MergeTask
 from pipeline.optimize import Piece, TrainTask, stream_file
 from pipeline.partial import unit_name
-from pipeline.timetable import Reading, chunk_ranges, timetable_of
+from pipeline.timetable import Reading, timetable_of
 from pipeline.worker import Chunk, Task
 
 # Artifacts that are deleted once their last reader has committed.
@@ -118,6 +118,11 @@ class Inputs:
     compute: Mapping[str, Any]
     shards: list[tuple[str, tuple[str, ...], tuple[int, ...]]]
     quarantined: Mapping[int, str] = field(default_factory=dict)
+
+
+def chunk_ranges(samples: int, size: int) -> list[tuple[int, int]]:
+    """First sample and the one after the last, of each chunk."""
+    return [(start, min(start + size, samples)) for start in range(0, samples, size)]
 
 
 def _last_part(blocks: int) -> int:

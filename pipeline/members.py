@@ -20,7 +20,6 @@ from cluster.group import ALONE, Membership
 from lsi.rows import Place
 
 Number = TypeVar("Number", int, float)
-Item = TypeVar("Item")
 # The first may measure and write for hours while the others wait; that one of them is gone is the driver's to find out.
 _PATIENCE = timedelta(days=30)
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
@@ -58,7 +57,7 @@ class Members:
         own = batch[place.rows(len(batch))]
         return place.gather(function(own) if len(own) else own, len(batch))
 
-    def part(self, samples: Sequence[Item]) -> Sequence[Item]:
+    def part(self, samples: Sequence[int]) -> Sequence[int]:
         """A process's own of some samples."""
         return samples if self.size == 1 else samples[Place(None).rows(len(samples))]
 

@@ -96,11 +96,6 @@ class Timetable:
         return "begins" if unit == 0 or self.passing(unit - 1) != final else "goes_on"
 
 
-def chunk_ranges(samples: int, size: int) -> list[tuple[int, int]]:
-    """First sample and the one after the last, of each chunk."""
-    return [(start, min(start + size, samples)) for start in range(0, samples, size)]
-
-
 def timetable_of(config: RunConfig) -> Timetable:
     """A run's."""
     chunks = config.storage.chunks_of(config.data.samples)

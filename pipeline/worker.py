@@ -8,7 +8,7 @@ import resource
 import socket
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -290,6 +290,10 @@ class Worker:
         if not self.together:
             return outputs_of(block, hidden, arguments)
         return self.members.shared(hidden, lambda part: outputs_of(block, part, arguments))
+
+    def part(self, samples: Sequence[int]) -> Sequence[int]:
+        """This process's own of some samples, where they are computed together; else all."""
+        return self.members.part(samples) if self.together else samples
 
     def add_up(self, tensors: Iterable[Tensor]) -> None:
         """Sums over the processes that compute together, in place."""
