@@ -22,7 +22,7 @@ def quantize_tokens(x: Float[Tensor, "*batch channels"], grid: Grid) -> Float[Te
     """`x` on the grid, in its own dtype; every index of the leading dimensions is a token. The grid has no groups."""
     with torch.autocast(x.device.type, enabled=False):
         tokens = x.float().reshape(-1, x.shape[-1])
-        low, high = group_range(tokens.unsqueeze(1))
+        low, high = group_range(tokens.unsqueeze(1), grid)
         scale, zero = grid_parameters(low, high, grid, torch.float32)
         return fake_quantize(tokens, scale, zero, grid).view(x.shape).to(x.dtype)
 

@@ -4,9 +4,12 @@
     codes = clamp(round(W / scale + zero), 0, 2^b − 1)      W_hat = scale · (codes − zero)
 
 (OmniQuant, arXiv 2308.13137, section 3.2.) The symmetric grid has its zero in the middle, zero = 2^(b−1), and
-scale = 2 · max|W| / (2^b − 1). Without learned clipping this is round-to-nearest, and equal bit for bit to what
-compressed-tensors computes: sums and ties are taken in the signed range −2^(b−1) … 2^(b−1) − 1 as there, because rounding
-is to even and an odd offset would break ties the other way.
+scale = 2 · max(−low, high) / (2^b − 1). It has one level more below zero than above. Where the range reaches further up than down its
+scale is negative, which turns it round: the level more is on the side that needs it.
+
+Without learned clipping this is round-to-nearest, and equal bit for bit to what compressed-tensors computes: its symmetric ranges reach
+as far up as down, and sums and ties are taken in the signed range −2^(b−1) … 2^(b−1) − 1 as there, because rounding is to even and an
+odd offset would break ties the other way.
 """
 
 from __future__ import annotations
@@ -82,8 +85,8 @@ def range_of(
 ) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
     """The range that a scale and a zero point stand for: `grid_parameters` gives them back, but for the last bit of float32."""
     if grid.symmetric:
-        half = scale * grid.levels / 2
-        return -half, half
+        end = -scale * grid.levels / 2
+        return end.clamp(max=0), end.clamp(min=0)
     return -scale * zero, scale * (grid.levels - zero)
 
 
@@ -93,10 +96,15 @@ def straight_through(value: Tensor, rounded: Tensor) -> Tensor:
 
 
 def group_range(
-    grouped: Float[Tensor, "out groups size"],
+    grouped: Float[Tensor, "out groups size"], grid: Grid
 ) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
-    """Lowest and highest value of each group, widened to hold zero so that zero is on the grid."""
-    return grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+    """Lowest and highest value of each group, widened to hold zero so that zero is on the grid; the symmetric grid's is the further
+    one on both sides."""
+    low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+    if grid.symmetric:
+        high = torch.maximum(-low, high)
+        return -high, high
+    return low, high
 
 
 def grid_parameters(
@@ -105,7 +113,7 @@ def grid_parameters(
     """Scale and zero point (both float32, differentiable) of the range low ≤ 0 ≤ high.
 
     The scale is rounded to `scale_dtype`, the dtype it is stored in, so that what is trained is what is loaded; the zero
-    point comes from the unrounded one.
+    point comes from the unrounded one. A symmetric scale is negative where high > −low.
     """
     span = (2 * torch.maximum(-low, high) if grid.symmetric else high - low) / grid.levels
     # A float16 scale has a largest value; clipping the group there is what the library does, infinity would be NaN later.
@@ -115,7 +123,7 @@ def grid_parameters(
     scale = straight_through(span, span.to(scale_dtype).to(span.dtype))
     scale = torch.where(scale == 0, torch.finfo(scale_dtype).eps, scale)
     if grid.symmetric:
-        return scale, torch.full_like(scale, grid.middle)
+        return torch.where(high > -low, -scale, scale), torch.full_like(scale, grid.middle)
     signed = -grid.middle - low / torch.where(empty, 1.0, span)
     signed = torch.where(empty, 0.0, signed).clamp(-grid.middle, grid.middle - 1)
     return scale, straight_through(signed, signed.round()) + grid.middle
@@ -235,49 +243,60 @@ def quantize(
     return QuantizedWeight(codes.view_as(weight), scale.to(scale_dtype), zero.to(torch.uint8))
 
 
+def shrunken(grid: Grid) -> list[tuple[float, float]]:
+    """What is tried of a group's range, parts of its low and of its high end: of a symmetric one, one end after the other."""
+    if grid.symmetric:
+        return [(part, 0.0) for part in SHRINKING] + [(0.0, part) for part in SHRINKING]
+    return [(part, part) for part in SHRINKING]
+
+
 @torch.no_grad()
 def nearest_range(
     weight: Float[Tensor, "out in"],
     grid: Grid,
     scale_dtype: torch.dtype,
     importance: Float[Tensor, " in"] | None = None,
-) -> Float[Tensor, "out groups"]:
-    """The factor from SHRINKING that leaves each group nearest to its weights when its range is shrunk by it; `importance`
-    says what an input channel's squared error counts, all the same without."""
-    best = torch.empty(len(weight), grid.groups(weight.shape[1]), device=weight.device)
+) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
+    """The parts of its low and of its high end, among `shrunken`, that leave each group nearest to its weights; `importance` says what
+    an input channel's squared error counts, all the same without."""
+    size = len(weight), grid.groups(weight.shape[1])
+    lower, upper = (torch.empty(size, device=weight.device) for _ in range(2))
     for rows in row_pieces(weight):
-        best[rows] = _nearest_range(weight[rows].float(), grid, scale_dtype, importance)
-    return best
+        lower[rows], upper[rows] = _nearest_range(weight[rows].float(), grid, scale_dtype, importance)
+    return lower, upper
 
 
-def _nearest_range(weight: Tensor, grid: Grid, scale_dtype: torch.dtype, importance: Tensor | None) -> Tensor:
+def _nearest_range(
+    weight: Tensor, grid: Grid, scale_dtype: torch.dtype, importance: Tensor | None
+) -> tuple[Tensor, Tensor]:
     grouped = weight.view(weight.shape[0], grid.groups(weight.shape[1]), -1)
-    low, high = group_range(grouped)
-    best, least = torch.ones_like(low), torch.full_like(low, torch.inf)
-    for factor in SHRINKING:
-        candidate = grid_parameters(low * factor, high * factor, grid, scale_dtype)
+    low, high = group_range(grouped, grid)
+    lower, upper = torch.ones_like(low), torch.ones_like(low)
+    least = torch.full_like(low, torch.inf)
+    for of_low, of_high in shrunken(grid):
+        candidate = grid_parameters(low * of_low, high * of_high, grid, scale_dtype)
         error = (fake_quantize(weight, *candidate, grid) - weight).square_()
         if importance is not None:
             error *= importance
         total = error.view_as(grouped).sum(-1)
-        best = torch.where(total < least, factor, best)
+        lower, upper = torch.where(total < least, of_low, lower), torch.where(total < least, of_high, upper)
         least = torch.minimum(least, total)
-    return best
+    return lower, upper
 
 
 @torch.no_grad()
 def clip_to_weights(weight: Float[Tensor, "out in"], grid: Grid, scale_dtype: torch.dtype) -> QuantizedWeight:
     """Clipping without data: each group's range shrunk as leaves its weights nearest."""
     weight = weight.float()
-    low, high = group_range(weight.view(weight.shape[0], grid.groups(weight.shape[1]), -1))
-    factor = nearest_range(weight, grid, scale_dtype)
-    return quantize(weight, *grid_parameters(low * factor, high * factor, grid, scale_dtype), grid, scale_dtype)
+    low, high = group_range(weight.view(weight.shape[0], grid.groups(weight.shape[1]), -1), grid)
+    lower, upper = nearest_range(weight, grid, scale_dtype)
+    return quantize(weight, *grid_parameters(low * lower, high * upper, grid, scale_dtype), grid, scale_dtype)
 
 
 @torch.no_grad()
 def round_to_nearest(weight: Float[Tensor, "out in"], grid: Grid, scale_dtype: torch.dtype) -> QuantizedWeight:
     """The data-free baseline: each group's own range, nearest grid point."""
     weight = weight.float()
-    low, high = group_range(weight.view(weight.shape[0], grid.groups(weight.shape[1]), -1))
+    low, high = group_range(weight.view(weight.shape[0], grid.groups(weight.shape[1]), -1), grid)
     scale, zero = grid_parameters(low, high, grid, scale_dtype)
     return quantize(weight, scale, zero, grid, scale_dtype)

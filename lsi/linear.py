@@ -57,10 +57,10 @@ class LearnedClipping(nn.Module):
         return low * (self.largest * self.lower.sigmoid()), high * (self.largest * self.upper.sigmoid())
 
     @torch.no_grad()
-    def begin(self, factor: Float[Tensor, "out groups"]) -> None:
-        """At bounds that are `factor` of the range, or at the start's where that is more."""
-        for bound in (self.lower, self.upper):
-            bound.copy_(torch.special.logit(factor).clamp(max=CLIPPING_START))
+    def begin(self, lower: Float[Tensor, "out groups"], upper: Float[Tensor, "out groups"]) -> None:
+        """At bounds that are these parts of the range, or at the start's where that is more."""
+        for bound, part in ((self.lower, lower), (self.upper, upper)):
+            bound.copy_(torch.special.logit(part.clamp(min=SMALLEST_BOUND)).clamp(max=CLIPPING_START))
 
     @torch.no_grad()
     def begin_at_grid(self) -> None:
@@ -89,10 +89,10 @@ class DirectClipping(nn.Module):
         return low * self.lower, high * self.upper
 
     @torch.no_grad()
-    def begin(self, factor: Float[Tensor, "out groups"]) -> None:
-        """At bounds that are `factor` of the range."""
-        for bound in (self.lower, self.upper):
-            bound.copy_(factor)
+    def begin(self, lower: Float[Tensor, "out groups"], upper: Float[Tensor, "out groups"]) -> None:
+        """At bounds that are these parts of the range."""
+        for bound, part in ((self.lower, lower), (self.upper, upper)):
+            bound.copy_(part.clamp(min=SMALLEST_BOUND))
 
     def begin_at_grid(self) -> None:
         """At the whole range, from where it may grow as well."""
@@ -182,7 +182,7 @@ class QuantizedLinear(nn.Module):
         self.clipping = bounds(weight.shape[0], self.groups, weight.device) if bounds else None
         if start and self.clipping is not None:
             self.clipping.begin_at_grid()
-        step = grid_parameters(*self._range(weight), grid, self.scale_dtype)[0]
+        step = grid_parameters(*self._range(weight), grid, self.scale_dtype)[0].abs()
         self.increment = make_increment(parts.increment, weight, step, factorizer)
         self.rounding = (
             LearnedRounding(weight, LARGEST_FROM_CODES if start else LARGEST_OFFSET) if parts.rounding else None
@@ -205,7 +205,7 @@ class QuantizedLinear(nn.Module):
         self, weight: Float[Tensor, "out in"]
     ) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
         if self.start is None:
-            return group_range(self._grouped(weight))
+            return group_range(self._grouped(weight), self.grid)
         return range_of(self.start.scale.float(), self.start.zero_point.float(), self.grid)
 
     def transformed(self) -> tuple[Float[Tensor, "out in"], Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
@@ -235,7 +235,7 @@ class QuantizedLinear(nn.Module):
         says. Where that is None or zero everywhere (an expert that no token reached) all channels count the same."""
         if self.clipping is not None and self.start is None:
             counted = importance if importance is not None and importance.any() else None
-            self.clipping.begin(nearest_range(self.weight, self.grid, self.scale_dtype, counted))
+            self.clipping.begin(*nearest_range(self.weight, self.grid, self.scale_dtype, counted))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.plain:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lsi.factors import ITERATIONS, LARGEST_PART, MANY, SMALL
-from lsi.grid import SHRINKING
+from lsi.grid import shrunken
 from lsi.increment import Increment
 from pipeline.artifacts import Artifact
 from pipeline.block_state import steps_per_epoch
@@ -39,7 +39,7 @@ from pipeline.optimize import COMPARED_SAMPLES, Piece, TrainTask
 from pipeline.worker import Chunk
 
 _FAKE_QUANTIZATION = 160  # ten passes forward and ten backward, each reading and writing four bytes
-_SEARCH = len(SHRINKING) * 22  # ranges that are tried, on pieces that stay in a cache
+_SEARCH = 22  # for every range that is tried, on pieces that stay in a cache
 _CODES = 40
 _DENSE = 100  # AdamW: four tensors read and three written in several kernels, and the check for finite gradients
 
@@ -188,7 +188,8 @@ class Costs:
         increment, device = config.method.increments, self.device
         work = sum(factor_work(*linear, increment.rank) for linear in shape.linears) if factored(increment) else 0.0
         searches = config.method.clipping != "none" and config.method.clipping_start == "search"
-        return work / (device.flops * device.decompositions) + searches * shape.weights * _SEARCH / device.memory
+        tried = searches * len(shrunken(config.scheme.grid)) * _SEARCH
+        return work / (device.flops * device.decompositions) + tried * shape.weights / device.memory
 
     def codes_of_a_state(self) -> float:
         """Seconds for the codes of all linears."""

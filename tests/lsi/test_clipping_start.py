@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lsi.block import run_block
 from lsi.grid import SHRINKING, Grid, fake_quantize, grid_parameters, group_range, nearest_range
 from lsi.increment import Increment
-from lsi.linear import CLIPPING_START, Clipping, Parts, QuantizedLinear
+from lsi.linear import CLIPPING_START, SMALLEST_BOUND, Clipping, Parts, QuantizedLinear
 from lsi.reconstruct import Method, Reconstruction
 
 METHOD = Method(
@@ -39,33 +39,36 @@ def test_the_nearest_range_is_the_best_of_all_that_are_tried(grid: Grid, importa
     moments = torch.ones(64) if importance == "even" else moments
     found = nearest_range(weight, grid, torch.bfloat16, moments)
     groups = grid.groups(64)
-    low, high = group_range(weight.view(12, groups, -1))
+    low, high = group_range(weight.view(12, groups, -1), grid)
+    both = [(part, part) for part in SHRINKING]
+    tried = [(p, 0.0) for p in SHRINKING] + [(0.0, p) for p in SHRINKING] if grid.symmetric else both
 
-    def errors(factor: float) -> Tensor:
-        scale, zero = grid_parameters(low * factor, high * factor, grid, torch.bfloat16)
+    def errors(of_low: float, of_high: float) -> Tensor:
+        scale, zero = grid_parameters(low * of_low, high * of_high, grid, torch.bfloat16)
         error = (fake_quantize(weight, scale, zero, grid) - weight).square() * moments
         return error.view(12, groups, -1).sum(-1)
 
-    table = torch.stack([errors(factor) for factor in SHRINKING])
-    assert torch.equal(found, torch.tensor(SHRINKING)[table.argmin(0)])
-    assert torch.equal(
-        nearest_range(weight, grid, torch.bfloat16), nearest_range(weight, grid, torch.bfloat16, torch.ones(64))
-    )
+    best = torch.tensor(tried)[torch.stack([errors(*parts) for parts in tried]).argmin(0)]
+    assert torch.equal(torch.stack(found, -1), best)
+    assert not grid.symmetric or {0.0} < set(found[0].flatten().tolist()), "some turned round, and some not"
+    ways = [nearest_range(weight, grid, torch.bfloat16, counted) for counted in (None, torch.ones(64))]
+    assert torch.equal(torch.stack(ways[0]), torch.stack(ways[1]))
 
 
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("clipping", ["learned", "direct"])
-def test_bounds_begin_at_the_range_that_was_found(clipping: Clipping) -> None:
+def test_bounds_begin_at_the_range_that_was_found(clipping: Clipping, symmetric: bool) -> None:
+    grid = replace(METHOD.grid, symmetric=symmetric)
     weight, moments = material()
     linear = nn.Linear(64, 12, bias=False)
     linear.weight.data = weight
-    quantized = QuantizedLinear(linear, METHOD.grid, replace(METHOD.parts, clipping=clipping))
+    quantized = QuantizedLinear(linear, grid, replace(METHOD.parts, clipping=clipping))
     quantized.begin_clipping(moments)
     assert quantized.clipping is not None
-    factor = nearest_range(weight, METHOD.grid, torch.float32, moments)
-    lower, upper = quantized.clipping(torch.ones_like(factor), torch.ones_like(factor))
-    assert torch.equal(lower, upper)
+    parts = nearest_range(weight, grid, torch.float32, moments)
     largest = torch.tensor(CLIPPING_START).sigmoid() if clipping == "learned" else torch.tensor(1.0)
-    torch.testing.assert_close(lower, factor.minimum(largest))
+    for bound, part in zip(quantized.clipping(*map(torch.ones_like, parts)), parts, strict=True):
+        torch.testing.assert_close(bound, part.clamp(min=SMALLEST_BOUND).minimum(largest))
 
 
 @pytest.mark.parametrize("equivalence", [(), ("norm",)], ids=str)

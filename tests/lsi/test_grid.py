@@ -126,11 +126,24 @@ def test_the_worked_example_of_the_docstring() -> None:
     assert result.dequantize().tolist() == [[-1.0, 0.0, 0.0, 1.0, 2.0]]
 
 
+def test_a_symmetric_range_that_reaches_further_up_is_turned_round() -> None:
+    """Two bits have the levels −2, −1, 0, 1: times a negative scale 2, 1, 0, −1."""
+    grid, weight = Grid(2, None, symmetric=True), torch.tensor([[-0.5, 0.2, 1.0]])
+    scale, zero = grid_parameters(torch.tensor([[0.0]]), torch.tensor([[0.75]]), grid, torch.float32)
+    assert (scale.tolist(), zero.tolist()) == ([[-0.5]], [[2.0]])
+    stored = quantize(weight, scale, zero, grid, torch.float32)
+    assert stored.dequantize().tolist() == fake_quantize(weight, scale, zero, grid).tolist() == [[-0.5, 0.0, 1.0]]
+    up, down = clip_to_weights(weight, grid, torch.float32), clip_to_weights(-weight, grid, torch.float32)
+    assert up.scale.tolist() == (-down.scale).tolist()
+    assert up.scale < 0
+    assert up.codes.tolist() == down.codes.tolist()
+
+
 @SYMMETRIC
 def test_all_zero_groups_stay_zero_and_differentiable(symmetric: bool) -> None:
     weight = torch.zeros(2, 6, requires_grad=True)
     grid = Grid(4, 3, symmetric)
-    low, high = group_range(weight.view(2, 2, 3))
+    low, high = group_range(weight.view(2, 2, 3), grid)
     w_hat = fake_quantize(weight, *grid_parameters(low, high, grid, torch.bfloat16), grid)
     assert w_hat.abs().max() == 0
     w_hat.sum().backward()
@@ -170,7 +183,7 @@ def test_fake_quantize_is_what_the_codes_stand_for(
 def test_fake_quantize_of_a_range_is_round_to_nearest(bits: int, symmetric: bool) -> None:
     """With the differentiable scale and zero point, whose straight-through sums must round to the very grid point."""
     grid, weight = Grid(bits, 3, symmetric), hard_weights()
-    low, high = group_range(weight.view(weight.shape[0], -1, 3))
+    low, high = group_range(weight.view(weight.shape[0], -1, 3), grid)
     scale, zero = grid_parameters(low, high, grid, torch.bfloat16)
     expected = round_to_nearest(weight, grid, torch.bfloat16)
     assert_same(scale, expected.scale.float())
@@ -262,7 +275,7 @@ def test_an_offset_is_added_in_steps_and_its_gradient_is_the_weights_times_the_s
 
 def test_w_hat_in_another_dtype_is_rounded_once_and_its_gradient_widened() -> None:
     weight, grid = normal(4, 16).requires_grad_(), Grid(3, 8, symmetric=False)
-    scale, zero = grid_parameters(*group_range(weight.detach().view(4, 2, 8)), grid, torch.float32)
+    scale, zero = grid_parameters(*group_range(weight.detach().view(4, 2, 8), grid), grid, torch.float32)
     wide, narrow = (fake_quantize(weight, scale, zero, grid, dtype=dtype) for dtype in (None, torch.bfloat16))
     assert_same(narrow, wide.bfloat16())
     out = normal(4, 16, seed=3).bfloat16()
@@ -283,7 +296,8 @@ def test_range_gradient_passes_both_roundings(symmetric: bool, side: str) -> Non
     def smooth(bound: Tensor) -> Tensor:
         low, high = {**bounds, side: bound}["low"], {**bounds, side: bound}["high"]
         if symmetric:
-            return (2 * torch.maximum(-low, high) / 15 * to_scale).sum()
+            size = 2 * torch.maximum(-low, high) / 15
+            return (torch.where(high > -low, -size, size) * to_scale).sum()
         scale = (high - low) / 15
         return (scale * to_scale + -low / scale * to_zero).sum()
 

@@ -152,12 +152,13 @@ def test_each_bound_has_its_own_number() -> None:
 
 
 def test_symmetric_clipping_is_the_wider_bound() -> None:
+    """Both are parts of the further end; where the upper one is the wider, the scale is negative."""
     weight = torch.tensor([[-1.0, 0.0, 0.5, 2.0]])
     linear = make(weight, Grid(2, None, symmetric=True), clipping=True)
-    assert clip(linear, 100, 0).quantized().scale.item() == pytest.approx(2 * 1.0 / 3)
-    # sigmoid(−3) · 2 = 0.09, below the other bound's sigmoid(1) · 1 = 0.73.
+    assert clip(linear, 0, 0).quantized().scale.item() == pytest.approx(2 * 1.0 / 3)
+    assert clip(linear, 0, 100).quantized().scale.item() == pytest.approx(-2 * 2.0 / 3)
     linear = clip(linear, 1, -3)
-    assert linear.quantized().scale.item() == pytest.approx(2 * torch.tensor(1.0).sigmoid().item() / 3)
+    assert linear.quantized().scale.item() == pytest.approx(2 * 2.0 * torch.tensor(1.0).sigmoid().item() / 3)
     assert linear.quantized().zero_point.item() == 2
     linear(torch.eye(4)).square().sum().backward()
     assert linear.clipping is not None
@@ -188,6 +189,9 @@ class Case:
         self.low, self.high = grouped.amin(-1), grouped.amax(-1)
         assert (self.low < 0).all()
         assert (self.high > 0).all()
+        if symmetric:
+            self.high = torch.maximum(-self.low, self.high)
+            self.low = -self.high
         self.residual = {"scale": torch.zeros(()), "zero": torch.zeros(()), "steps": torch.zeros(())}
         # Each rounding takes in what the ones before it have rounded.
         for part in self.residual:
@@ -212,7 +216,7 @@ class Case:
     def parts(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         low = self.low * values["clipping.lower"].sigmoid()
         high = self.high * values["clipping.upper"].sigmoid()
-        span = (2 * torch.maximum(-low, high) if self.grid.symmetric else high - low) / 7
+        span = (2 * torch.where(high > -low, -high, -low) if self.grid.symmetric else high - low) / 7
         scale = span + self.residual["scale"]
         zero = torch.full_like(span, 4) if self.grid.symmetric else -low / span + self.residual["zero"]
         position = self.moved(values).view(4, 2, 4) / scale[..., None] + zero[..., None]
