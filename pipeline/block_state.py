@@ -29,6 +29,8 @@ from pipeline.worker import Context, Worker
 WEIGHTS_FILE = "quantized.safetensors"
 # Of log scales and shifts, for both kinds of steps: OmniQuant's. From the identity 2e-2 is better (benchmarks/results).
 EQUIVALENCE_LEARNING_RATE = 5e-3
+# Of the way that clipping bounds need from the full range in signed steps: from where the search lets them begin (benchmarks/results).
+WAY_FROM_SEARCH = 0.25
 
 
 def steps_per_epoch(config: RunConfig) -> int:
@@ -46,7 +48,8 @@ def learning_rates(config: RunConfig) -> dict[str, float]:
     joined = max(1, (optimizer.epochs - optimizer.warm_epochs) * steps)
     learned = config.method.clipping == "learned"
     if not config.is_finetune:
-        clipping, increment, rounding = 1e-1 if learned else 1 / total, DEFAULT_LEARNING_RATE, 1 / joined
+        direct = (WAY_FROM_SEARCH if config.method.clipping_start == "search" else 1) / total
+        clipping, increment, rounding = 1e-1 if learned else direct, DEFAULT_LEARNING_RATE, 1 / joined
     else:
         # Its scales were made with care, and larger increments cost other texts more than they bring on its own: in short
         # runs, too (benchmarks/results). Codes begin on grid points, which only moves of more than half a step leave. Half of

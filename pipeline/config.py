@@ -200,7 +200,7 @@ class OptimizerConfig(Section):
     clipping_learning_rate: float | None = Field(
         None,
         gt=0,
-        description="for the clipping bounds. Default: 1e-1 before a sigmoid, direct: 1 / steps of a block; in a fine-tune direct at most 1.5e-3 and 0.2 / steps, the other twice that",
+        description="for the clipping bounds. Default: 1e-1 before a sigmoid, direct: 0.25 / steps of a block, 1 / steps where clipping_start is range; in a fine-tune direct at most 1.5e-3 and 0.2 / steps, the other twice that",
     )
     rounding_learning_rate: float | None = Field(
         None,

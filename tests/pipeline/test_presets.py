@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from pipeline import presets
+from pipeline.block_state import learning_rates
 from pipeline.config import RunConfig
 from pipeline.config_file import load_config, parse_config
 from pipeline.errors import UserError
@@ -55,6 +56,14 @@ def test_every_shipped_preset_gives_a_valid_run_for_every_scheme(name: str, sche
 
 def test_the_three_presets_are_there() -> None:
     assert set(presets.preset_names()) >= {"best", "fast", "paper"}
+
+
+@pytest.mark.parametrize("start", ["search", "range"])
+def test_signed_steps_reach_their_bounds_from_where_they_begin(start: str) -> None:
+    """Rates fall linearly to nothing: 32 steps from the full range add up to half of it, from where the search begins to an eighth."""
+    config = parse_config(tree(preset="fast", data={"source": "d", "samples": 64}, method={"clipping_start": start}))
+    rate = learning_rates(config)["clipping"]
+    assert sum(rate * left / 32 for left in range(32)) == pytest.approx(0.5 if start == "range" else 0.125, rel=0.04)
 
 
 @pytest.mark.parametrize(("group_size", "kind"), [(None, "diagonal"), (64, "corner")])
