@@ -70,7 +70,10 @@ def random_linear(
     codes = torch.randint(0, 1 << bits, (out, inputs), dtype=torch.uint8, generator=generator)
     zero = torch.randint(0, 1 << bits, (out, groups), dtype=torch.uint8, generator=generator)
     scale = (torch.rand(out, groups, generator=generator) * 0.02 + 0.001).to(dtype)
-    return Quantized(codes, scale, None if symmetric else zero, bits)
+    if symmetric:  # its grids may be turned round
+        turned = torch.rand(out, groups, generator=generator) < 0.5
+        return Quantized(codes, torch.where(turned, -scale, scale), None, bits)
+    return Quantized(codes, scale, zero, bits)
 
 
 def pack(name: str, linear: Quantized) -> dict[str, Tensor]:
