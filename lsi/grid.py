@@ -28,11 +28,12 @@ SHRINKING = tuple(1 - 0.05 * step for step in range(13))
 
 @dataclass(frozen=True)
 class Grid:
-    """`group_size` input channels share a scale and a zero point; None: all of an output channel's."""
+    """`group_size` input channels share a scale and a zero point; None: all of an output channel's. positive: symmetric scales are."""
 
     bits: int
     group_size: int | None
     symmetric: bool
+    positive: bool = False
 
     @property
     def levels(self) -> int:
@@ -244,9 +245,10 @@ def quantize(
 
 
 def shrunken(grid: Grid) -> list[tuple[float, float]]:
-    """What is tried of a group's range, parts of its low and of its high end: of a symmetric one, one end after the other."""
+    """What is tried of a group's range, parts of its low and of its high end: of a symmetric one, one end after the other, or the low one
+    alone for a positive scale."""
     if grid.symmetric:
-        return [(part, 0.0) for part in SHRINKING] + [(0.0, part) for part in SHRINKING]
+        return [(part, 0.0) for part in SHRINKING] + [(0.0, part) for part in SHRINKING if not grid.positive]
     return [(part, part) for part in SHRINKING]
 
 

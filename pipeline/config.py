@@ -85,7 +85,8 @@ class SchemeConfig(Section):
     @property
     def grid(self) -> Grid:
         """The weights' grid as the algorithm takes it."""
-        return Grid(self.bits, self.group_size, self.symmetric)
+        # Kernels that multiply integers may take a scale's sign for a part of its size (vLLM issue 48905).
+        return Grid(self.bits, self.group_size, self.symmetric, positive=self.activation_bits is not None)
 
     @property
     def activation_grid(self) -> Grid | None:

@@ -159,6 +159,20 @@ def test_training_w8a8_from_text_to_a_checkpoint_that_loads(outlying: Path, shor
     assert checkpoint_hashes(again.prepared.checkpoint) == checkpoint_hashes(finished.prepared.checkpoint)
 
 
+@pytest.mark.parametrize("activation_bits", [None, 8], ids=["weights", "activations"])
+def test_symmetric_scales_are_positive_where_kernels_multiply_integers(
+    model: Path, short_text: Path, tmp_path: Path, activation_bits: int | None
+) -> None:
+    wanted = scheme(4, activation_bits, group_size=32)
+    finished, result = run(tiny_config(model, short_text, tmp_path / "run", scheme=wanted, evaluation=EVALUATION))
+    assert_loader_agrees(finished, result, short_text)
+    tensors = load_file(Path(finished.prepared.checkpoint.url) / "model.safetensors")
+    signs = {
+        float(sign) for n, scale in tensors.items() if n.endswith("weight_scale") for sign in scale.sign().unique()
+    }
+    assert signs == ({-1.0, 1.0} if activation_bits is None else {1.0})
+
+
 def test_in_bfloat16_the_loader_is_near(model: Path, short_text: Path, tmp_path: Path) -> None:
     """The library quantizes in the input's dtype, ours and engines' kernels in float32."""
     sections: dict[str, Any] = {"optimizer": {"epochs": 0}, "evaluation": EVALUATION}
