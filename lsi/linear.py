@@ -182,6 +182,10 @@ class QuantizedLinear(nn.Module):
         self.clipping = bounds(weight.shape[0], self.groups, weight.device) if bounds else None
         if start and self.clipping is not None:
             self.clipping.begin_at_grid()
+        elif grid.symmetric and self.clipping is not None:
+            # The wider bound decides, and says the scale's sign: two that are equal would leave that to rounding.
+            whole = torch.ones_like(self.clipping.lower)
+            self.clipping.begin(whole, torch.zeros_like(whole))
         step = grid_parameters(*self._range(weight), grid, self.scale_dtype)[0].abs()
         self.increment = make_increment(parts.increment, weight, step, factorizer)
         self.rounding = (
