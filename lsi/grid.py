@@ -24,6 +24,8 @@ from torch import Tensor
 
 # Factors that are tried on a group's range. At 2 bits a heavy-tailed group ends at about a half.
 SHRINKING = tuple(1 - 0.05 * step for step in range(13))
+# Then of one end alone.
+NARROWING = (0.8, 0.6)
 
 
 @dataclass(frozen=True)
@@ -252,6 +254,11 @@ def shrunken(grid: Grid) -> list[tuple[float, float]]:
     return [(part, part) for part in SHRINKING]
 
 
+def narrowed(grid: Grid) -> list[tuple[float, float]]:
+    """What is tried further, parts of the ends that are best so far: one end of an asymmetric range alone."""
+    return [] if grid.symmetric else [(part, 1.0) for part in NARROWING] + [(1.0, part) for part in NARROWING]
+
+
 @torch.no_grad()
 def nearest_range(
     weight: Float[Tensor, "out in"],
@@ -259,8 +266,8 @@ def nearest_range(
     scale_dtype: torch.dtype,
     importance: Float[Tensor, " in"] | None = None,
 ) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
-    """The parts of its low and of its high end, among `shrunken`, that leave each group nearest to its weights; `importance` says what
-    an input channel's squared error counts, all the same without."""
+    """The parts of its low and of its high end, the best of `shrunken` and then of what is `narrowed`, that leave each group nearest to
+    its weights; `importance` says what an input channel's squared error counts, all the same without."""
     size = len(weight), grid.groups(weight.shape[1])
     lower, upper = (torch.empty(size, device=weight.device) for _ in range(2))
     for rows in row_pieces(weight):
@@ -273,17 +280,24 @@ def _nearest_range(
 ) -> tuple[Tensor, Tensor]:
     grouped = weight.view(weight.shape[0], grid.groups(weight.shape[1]), -1)
     low, high = group_range(grouped, grid)
-    lower, upper = torch.ones_like(low), torch.ones_like(low)
-    least = torch.full_like(low, torch.inf)
-    for of_low, of_high in shrunken(grid):
-        candidate = grid_parameters(low * of_low, high * of_high, grid, scale_dtype)
-        error = (fake_quantize(weight, *candidate, grid) - weight).square_()
+    whole = torch.ones_like(low)
+
+    def error(lower: Tensor, upper: Tensor) -> Tensor:
+        parameters = grid_parameters(low * lower, high * upper, grid, scale_dtype)
+        squares = (fake_quantize(weight, *parameters, grid) - weight).square_()
         if importance is not None:
-            error *= importance
-        total = error.view_as(grouped).sum(-1)
-        lower, upper = torch.where(total < least, of_low, lower), torch.where(total < least, of_high, upper)
-        least = torch.minimum(least, total)
-    return lower, upper
+            squares *= importance
+        return squares.view_as(grouped).sum(-1)
+
+    best, least = (whole, whole), torch.full_like(low, torch.inf)
+    for tried in (shrunken(grid), narrowed(grid)):
+        lower, upper = best
+        for parts in tried:
+            present = lower * parts[0], upper * parts[1]
+            total = error(*present)
+            best = torch.where(total < least, present[0], best[0]), torch.where(total < least, present[1], best[1])
+            least = torch.minimum(least, total)
+    return best
 
 
 @torch.no_grad()

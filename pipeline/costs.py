@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lsi.factors import ITERATIONS, LARGEST_PART, MANY, SMALL
-from lsi.grid import shrunken
+from lsi.grid import narrowed, shrunken
 from lsi.increment import Increment
 from pipeline.artifacts import Artifact
 from pipeline.block_state import steps_per_epoch
@@ -188,7 +188,8 @@ class Costs:
         increment, device = config.method.increments, self.device
         work = sum(factor_work(*linear, increment.rank) for linear in shape.linears) if factored(increment) else 0.0
         searches = config.method.clipping != "none" and config.method.clipping_start == "search"
-        tried = searches * len(shrunken(config.scheme.grid)) * _SEARCH
+        grid = config.scheme.grid
+        tried = searches * len(shrunken(grid) + narrowed(grid)) * _SEARCH
         return work / (device.flops * device.decompositions) + tried * shape.weights / device.memory
 
     def codes_of_a_state(self) -> float:

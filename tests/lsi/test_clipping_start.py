@@ -11,7 +11,7 @@ from material import NAMES, make_layer, make_task
 from torch import Tensor, nn
 
 from lsi.block import run_block
-from lsi.grid import SHRINKING, Grid, fake_quantize, grid_parameters, group_range, nearest_range
+from lsi.grid import NARROWING, SHRINKING, Grid, fake_quantize, grid_parameters, group_range, nearest_range
 from lsi.increment import Increment
 from lsi.linear import CLIPPING_START, SMALLEST_BOUND, Clipping, Parts, QuantizedLinear
 from lsi.reconstruct import Method, Reconstruction
@@ -44,13 +44,18 @@ def test_the_nearest_range_is_the_best_of_all_that_are_tried(grid: Grid, importa
     one_end = [(p, 0.0) for p in SHRINKING] + [(0.0, p) for p in SHRINKING if not grid.positive]
     tried = one_end if grid.symmetric else both
 
-    def errors(of_low: float, of_high: float) -> Tensor:
+    def errors(of_low: float | Tensor, of_high: float | Tensor) -> Tensor:
         scale, zero = grid_parameters(low * of_low, high * of_high, grid, torch.bfloat16)
         error = (fake_quantize(weight, scale, zero, grid) - weight).square() * moments
         return error.view(12, groups, -1).sum(-1)
 
-    best = torch.tensor(tried)[torch.stack([errors(*parts) for parts in tried]).argmin(0)]
+    first = torch.tensor(tried)[torch.stack([errors(*parts) for parts in tried]).argmin(0)]
+    one_end = [(1.0, 1.0), *((p, 1.0) for p in NARROWING), *((1.0, p) for p in NARROWING)]
+    again = [first * torch.tensor(parts) for parts in ([(1.0, 1.0)] if grid.symmetric else one_end)]
+    table = torch.stack([errors(*parts.unbind(-1)) for parts in again])
+    best = torch.stack(again).gather(0, table.argmin(0)[None, ..., None].expand(1, *first.shape))[0]
     assert torch.equal(torch.stack(found, -1), best)
+    assert torch.equal(first, best) == grid.symmetric
     if grid.symmetric:
         assert bool(found[1].any()) != grid.positive
     ways = [nearest_range(weight, grid, torch.bfloat16, counted) for counted in (None, torch.ones(64))]
