@@ -27,7 +27,7 @@ from lsi.objective import Call, Frozen, freeze, token_losses
 from lsi.pairs import KINDS as EQUIVALENCES
 from lsi.reconstruct import Method, Reconstruction
 from pipeline.activations import quantize_activations
-from pipeline.block_state import EQUIVALENCE_LEARNING_RATE, WAY_FROM_SEARCH, result_of
+from pipeline.block_state import EQUIVALENCE_LEARNING_RATE, clipping_rate, result_of
 from pipeline.config import ComputeConfig, DataConfig, ScheduleConfig, SchemeConfig
 from pipeline.data import calibration_tokens, evaluation_tokens
 from pipeline.engines import make_engine
@@ -95,7 +95,6 @@ class Trial:
         options = self.options
         epoch = -(-CHUNK // options.batch) * len(self.boundaries[0])
         total, joined = options.epochs * epoch, (options.epochs - options.warm_epochs) * epoch
-        direct = (WAY_FROM_SEARCH if options.clipping_start == "search" else 1) / total
         method = Method(
             grid=self.scheme.grid,
             parts=Parts(
@@ -105,7 +104,7 @@ class Trial:
                 torch.bfloat16,
             ),
             rates={
-                "clipping": options.clipping_rate or (0.1 if options.clipping == "learned" else direct),
+                "clipping": options.clipping_rate or clipping_rate(options.clipping, options.clipping_start, total),
                 "increment": options.increment_rate or DEFAULT_LEARNING_RATE,
                 "rounding": options.rounding_rate or 1 / joined,
                 "equivalence": options.equivalence_rate,

@@ -16,6 +16,7 @@ from lsi.engine import Later
 from lsi.equivalence import load_tensors
 from lsi.grid import QuantizedWeight, clip_to_weights, quantize, widened
 from lsi.increment import DEFAULT_LEARNING_RATE
+from lsi.linear import Clipping
 from lsi.reconstruct import Method, Reconstruction
 from pipeline.activations import quantize_activations
 from pipeline.artifacts import Artifact, read_tensors
@@ -40,21 +41,26 @@ def steps_per_epoch(config: RunConfig) -> int:
     return full * math.ceil(size / batch) + math.ceil(rest / batch)
 
 
+def clipping_rate(clipping: Clipping, start: str, steps: int) -> float:
+    """The default learning rate of clipping bounds that begin by the search or at the whole range, for so many steps of a block."""
+    return 1e-1 if clipping == "learned" else (WAY_FROM_SEARCH if start == "search" else 1) / steps
+
+
 def learning_rates(config: RunConfig) -> dict[str, float]:
     """Of each part: the configured one, or the default."""
     optimizer, steps = config.optimizer, steps_per_epoch(config)
     total = max(1, optimizer.epochs * steps)
     # What joins late has its way to go in fewer steps.
     joined = max(1, (optimizer.epochs - optimizer.warm_epochs) * steps)
-    learned = config.method.clipping == "learned"
+    method = config.method
     if not config.is_finetune:
-        direct = (WAY_FROM_SEARCH if config.method.clipping_start == "search" else 1) / total
-        clipping, increment, rounding = 1e-1 if learned else direct, DEFAULT_LEARNING_RATE, 1 / joined
+        clipping = clipping_rate(method.clipping, method.clipping_start, total)
+        increment, rounding = DEFAULT_LEARNING_RATE, 1 / joined
     else:
         # Its scales were made with care, and larger increments cost other texts more than they bring on its own: in short
         # runs, too (benchmarks/results). Codes begin on grid points, which only moves of more than half a step leave. Half of
         # a sigmoid's slope is lost.
-        clipping = min(1.5e-3, 0.2 / total) * (2 if learned else 1)
+        clipping = min(1.5e-3, 0.2 / total) * (2 if method.clipping == "learned" else 1)
         increment, rounding = min(1.5e-2, 2 / joined), 2 / joined
     return {
         "clipping": optimizer.clipping_learning_rate or clipping,
