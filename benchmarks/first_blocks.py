@@ -27,7 +27,7 @@ from lsi.objective import Call, Frozen, freeze, token_losses
 from lsi.pairs import KINDS as EQUIVALENCES
 from lsi.reconstruct import Method, Reconstruction
 from pipeline.activations import quantize_activations
-from pipeline.block_state import EQUIVALENCE_LEARNING_RATE, clipping_rate, result_of
+from pipeline.block_state import EQUIVALENCE_LEARNING_RATE, clipping_rate, result_of, rounding_rate
 from pipeline.config import ComputeConfig, DataConfig, ScheduleConfig, SchemeConfig
 from pipeline.data import calibration_tokens, evaluation_tokens
 from pipeline.engines import make_engine
@@ -106,7 +106,7 @@ class Trial:
             rates={
                 "clipping": options.clipping_rate or clipping_rate(options.clipping, options.clipping_start, total),
                 "increment": options.increment_rate or DEFAULT_LEARNING_RATE,
-                "rounding": options.rounding_rate or 1 / joined,
+                "rounding": options.rounding_rate or rounding_rate(joined),
                 "equivalence": options.equivalence_rate,
             },
             total_steps=total,

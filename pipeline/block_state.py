@@ -32,6 +32,8 @@ WEIGHTS_FILE = "quantized.safetensors"
 EQUIVALENCE_LEARNING_RATE = 5e-3
 # Of the way that clipping bounds need from the full range in signed steps: from where the search lets them begin (benchmarks/results).
 WAY_FROM_SEARCH = 0.25
+# Signed steps in which learned rounding can go half a grid step, all in one direction (benchmarks/results).
+ROUNDING_STEPS = 32
 
 
 def steps_per_epoch(config: RunConfig) -> int:
@@ -46,6 +48,14 @@ def clipping_rate(clipping: Clipping, start: str, steps: int) -> float:
     return 1e-1 if clipping == "learned" else (WAY_FROM_SEARCH if start == "search" else 1) / steps
 
 
+def rounding_rate(steps: int) -> float:
+    """The default learning rate of rounding offsets, in grid steps, for so many steps of a block.
+
+    Signs of small batches' gradients are noisy: of many steps, most cancel, and what is left grows with the root of their number.
+    """
+    return 1 / math.sqrt(ROUNDING_STEPS * steps)
+
+
 def learning_rates(config: RunConfig) -> dict[str, float]:
     """Of each part: the configured one, or the default."""
     optimizer, steps = config.optimizer, steps_per_epoch(config)
@@ -55,7 +65,7 @@ def learning_rates(config: RunConfig) -> dict[str, float]:
     method = config.method
     if not config.is_finetune:
         clipping = clipping_rate(method.clipping, method.clipping_start, total)
-        increment, rounding = DEFAULT_LEARNING_RATE, 1 / joined
+        increment, rounding = DEFAULT_LEARNING_RATE, rounding_rate(joined)
     else:
         # Its scales were made with care, and larger increments cost other texts more than they bring on its own: in short
         # runs, too (benchmarks/results). Codes begin on grid points, which only moves of more than half a step leave. Half of

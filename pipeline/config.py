@@ -206,7 +206,7 @@ class OptimizerConfig(Section):
     rounding_learning_rate: float | None = Field(
         None,
         gt=0,
-        description="in grid steps. Default: 1 / steps of a block (but the warm epochs'), which signed steps reach half a step with; "
+        description="in grid steps. Default: 1 / sqrt(32 x steps of a block, but the warm epochs'), with which 32 signed steps can go half a step; "
         "2 / steps in a fine-tune",
     )
     increment_learning_rate: float | None = Field(

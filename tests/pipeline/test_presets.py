@@ -1,5 +1,6 @@
 """One word for a method, an optimizer and a schedule: what it becomes, and who wins."""
 
+import math
 import subprocess
 import sys
 import zipfile
@@ -64,6 +65,16 @@ def test_signed_steps_reach_their_bounds_from_where_they_begin(start: str) -> No
     config = parse_config(tree(preset="fast", data={"source": "d", "samples": 64}, method={"clipping_start": start}))
     rate = learning_rates(config)["clipping"]
     assert sum(rate * left / 32 for left in range(32)) == pytest.approx(0.5 if start == "range" else 0.125, rel=0.04)
+
+
+@pytest.mark.parametrize(
+    ("samples", "warm", "rate"), [(8, 0, 1 / 16), (32, 0, 1 / 32), (128, 0, 1 / 64), (128, 1, 1 / math.sqrt(2048))]
+)
+def test_rounding_goes_further_in_more_steps_by_their_root(samples: int, warm: int, rate: float) -> None:
+    """Two epochs in batches of 2; what joins late has the steps that are left."""
+    optimizer = {"epochs": 2, "batch_size": 2, "warm_epochs": warm}
+    config = parse_config(tree(preset="fast", data={"source": "d", "samples": samples}, optimizer=optimizer))
+    assert learning_rates(config)["rounding"] == pytest.approx(rate)
 
 
 @pytest.mark.parametrize(("group_size", "kind"), [(None, "diagonal"), (64, "corner")])
