@@ -28,7 +28,7 @@ from lsi.pairs import KINDS as EQUIVALENCES
 from lsi.reconstruct import Method, Reconstruction
 from pipeline.activations import quantize_activations
 from pipeline.block_state import EQUIVALENCE_LEARNING_RATE, clipping_rate, result_of, rounding_rate
-from pipeline.config import ComputeConfig, DataConfig, ScheduleConfig, SchemeConfig
+from pipeline.config_sections import ComputeConfig, DataConfig, ScheduleConfig, SchemeConfig
 from pipeline.data import calibration_tokens, evaluation_tokens
 from pipeline.engines import make_engine
 from pipeline.gguf_import import import_gguf

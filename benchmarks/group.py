@@ -32,7 +32,7 @@ from cluster.pools import Pool
 from cluster.ray_group import RayGroup
 from cluster.session import ray_session
 from cluster.units import Unit
-from pipeline.config import ComputeConfig
+from pipeline.config_sections import ComputeConfig
 from pipeline.engines import make_engine
 from pipeline.gguf_import import import_gguf
 from pipeline.members import Members

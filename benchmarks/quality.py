@@ -46,12 +46,12 @@ from quality_records import (
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.config import DataConfig, SchemeConfig
+from pipeline.config_sections import DataConfig, SchemeConfig
 from pipeline.data import calibration_tokens, evaluation_tokens
 from pipeline.gguf_import import import_gguf
 from pipeline.packed_format import refusal
 from pipeline.perplexity import model_perplexity, take_windows
-from pipeline.presets import merged, preset_names
+from pipeline.presets import merged, preset_names, preset_values
 from pipeline.sample_material import MODEL_FILE
 from pipeline.store import open_store
 
@@ -76,15 +76,14 @@ def omniquant(increment: str, clipping_rate: float) -> dict[str, Any]:
     }
 
 
-# The last stage of the preset `fast`.
-FEW_STEPS_END = {"end_to_end": {"epochs": 1, "samples": 24, "batch_size": 1}}
+END_OF_FAST = {"end_to_end": preset_values("fast", SchemeConfig().model_dump())["end_to_end"]}
 # Of our own tools that are no presets, the sections of their configuration.
 RECIPES: dict[str, dict[str, Any]] = {
     "rtn": {"method": {"clipping": "none", "increment": "none"}, "optimizer": {"epochs": 0}},
     "lwc-let": omniquant("none", 3e-1),
     "lwc-let-lsi": omniquant("diagonal", 1e-1),
-    "lwc-let-end": omniquant("none", 3e-1) | FEW_STEPS_END,
-    "lwc-let-lsi-end": omniquant("diagonal", 1e-1) | FEW_STEPS_END,
+    "lwc-let-end": omniquant("none", 3e-1) | END_OF_FAST,
+    "lwc-let-lsi-end": omniquant("diagonal", 1e-1) | END_OF_FAST,
     "fast-group": {"preset": "fast", "compute": {"group": 2}},
     "best-wave": {"preset": "best", "schedule": {"kind": "wave"}},
 }

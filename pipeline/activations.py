@@ -13,7 +13,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from lsi.activations import quantize_inputs, quantized_attention
 from lsi.grid import Grid
-from pipeline.config import SchemeConfig
+from pipeline.config_sections import SchemeConfig
 from pipeline.errors import UserError
 
 ATTENTION = "lsi_quantized"

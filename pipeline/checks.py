@@ -7,7 +7,8 @@ from lsi.experts import OpenedExperts
 from lsi.families import family_of, find_family
 from lsi.pairs import find_pairs
 from pipeline.activations import check_attention
-from pipeline.config import MethodConfig, RunConfig, SchemeConfig
+from pipeline.config import RunConfig
+from pipeline.config_sections import MethodConfig, SchemeConfig
 from pipeline.errors import UserError
 from pipeline.merge import unpublished
 from pipeline.mixture import has_mixture

@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config import FINETUNE_BLOCKS, RunConfig, SchemeConfig, Section
+from pipeline.config import RunConfig
+from pipeline.config_sections import FINETUNE_BLOCKS, SchemeConfig, Section
 from pipeline.errors import UserError
 from pipeline.presets import expand
 

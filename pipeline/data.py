@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.config import DataConfig
+from pipeline.config_sections import DataConfig
 from pipeline.errors import UserError
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}

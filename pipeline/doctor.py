@@ -24,7 +24,8 @@ from cluster.session import ray_session
 from cluster.units import ClusterError
 from cluster.versions import here
 from pipeline import deepspeed_ops
-from pipeline.config import DataConfig, RunConfig
+from pipeline.config import RunConfig
+from pipeline.config_sections import DataConfig
 from pipeline.container import container_limit
 from pipeline.data import evaluation_data, read_beginning
 from pipeline.errors import UserError

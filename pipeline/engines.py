@@ -6,7 +6,7 @@ from typing import Literal
 
 from lsi.engine import Engine, TorchEngine
 from lsi.group import GroupEngine
-from pipeline.config import ComputeConfig
+from pipeline.config_sections import ComputeConfig
 
 
 def make_engine(compute: ComputeConfig, adam: Literal["torch", "cpu_adam"], batch_size: int) -> Engine:

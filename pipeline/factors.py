@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lsi.factors import VERSION, Factorizer, Factors, factors_of
 from pipeline.artifacts import Artifact, CorruptArtifactError, Writer, digest, discard, read_record, read_tensors
-from pipeline.config import ComputeConfig
+from pipeline.config_sections import ComputeConfig
 from pipeline.store import Store
 from pipeline.tensors import tensor_bytes
 

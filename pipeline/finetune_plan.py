@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from lsi.block import linear_names
 from pipeline.artifacts import Artifact
 from pipeline.capture import CHUNK_FILE, TOKENS_FILE
-from pipeline.config import EndToEndConfig, MethodConfig, RunConfig, ScheduleConfig, SchemeConfig
+from pipeline.config import RunConfig
+from pipeline.config_sections import EndToEndConfig, MethodConfig, ScheduleConfig, SchemeConfig
 from pipeline.errors import UserError
 from pipeline.evaluate import EvaluateTask, Variant
 from pipeline.finetune import TuneTask

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import torch
 
 from lsi import ALGORITHM
-from pipeline.config import ComputeConfig, RunConfig
+from pipeline.config import RunConfig
 from pipeline.config_file import differing_keys, parse_config
+from pipeline.config_sections import ComputeConfig
 from pipeline.deepspeed_ops import is_built
 from pipeline.errors import UserError
 from pipeline.store import Store

@@ -21,7 +21,8 @@ from lsi.block import linear_names
 from lsi.grid import Grid
 from pipeline.artifacts import Artifact, Record, Writer, put_hashed, read_record
 from pipeline.block_state import BlockResult, read_result
-from pipeline.config import RunConfig, SchemeConfig
+from pipeline.config import RunConfig
+from pipeline.config_sections import SchemeConfig
 from pipeline.mixture import has_mixture, original_names
 from pipeline.model_source import ModelSource
 from pipeline.packed_format import pack_linear, packed_layout, quantization_config, refusal

@@ -18,7 +18,8 @@ from pipeline import finetune_plan
 from pipeline.artifacts import Artifact, CorruptArtifactError, Writer, digest, discard, intact, read_file, read_record
 from pipeline.capture import TOKENS_FILE
 from pipeline.checks import check_run
-from pipeline.config import ComputeConfig, RunConfig
+from pipeline.config import RunConfig
+from pipeline.config_sections import ComputeConfig
 from pipeline.data import calibration_tokens, evaluation_tokens
 from pipeline.errors import UserError
 from pipeline.estimate import open_skeleton

@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 from pipeline.artifacts import Artifact, Record, digest, read_record
-from pipeline.config import MethodConfig, RunConfig, ScheduleConfig
+from pipeline.config import RunConfig
+from pipeline.config_sections import MethodConfig, ScheduleConfig
 from pipeline.end_to_end import samples_of
 from pipeline.errors import UserError
 from pipeline.finetune_merge import copied_config

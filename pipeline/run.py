@@ -22,7 +22,8 @@ from cluster.ray_group import RayGroup
 from cluster.session import ray_session
 from cluster.units import ClusterError, ClusterLostError
 from pipeline.artifacts import collect_garbage
-from pipeline.config import ClusterConfig, RunConfig
+from pipeline.config import RunConfig
+from pipeline.config_sections import ClusterConfig
 from pipeline.driver import Driver, GaveUpError, StoppedError
 from pipeline.errors import UserError
 from pipeline.estimate import human_bytes

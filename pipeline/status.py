@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from pipeline.artifacts import Artifact, CorruptArtifactError, committed, read_record
-from pipeline.config import SchemeConfig
+from pipeline.config_sections import SchemeConfig
 from pipeline.errors import UserError
 from pipeline.graph import KINDS, Graph, Node
 from pipeline.identity import RUN_FILE, read_json

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.config import RunConfig, ScheduleConfig
+from pipeline.config import RunConfig
+from pipeline.config_sections import ScheduleConfig
 
 Comparison = Literal["none", "begins", "goes_on"]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config import DataConfig
+from pipeline.config_sections import DataConfig
 from pipeline.data import SEPARATOR, calibration_tokens, evaluation_tokens, is_file, iter_documents, read_text
 from pipeline.errors import UserError
 from pipeline.store import open_store

@@ -13,8 +13,9 @@ from transformers import AutoConfig
 from lsi.grid import Grid, clip_to_weights
 from pipeline.artifacts import read_tensors
 from pipeline.block_state import WEIGHTS_FILE, BlockResult
-from pipeline.config import RunConfig, SchemeConfig
+from pipeline.config import RunConfig
 from pipeline.config_file import parse_config
+from pipeline.config_sections import SchemeConfig
 from pipeline.costs import placeholder_inputs
 from pipeline.errors import UserError
 from pipeline.estimate import estimate

@@ -14,7 +14,7 @@ from running import Silent, tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.config import ModelConfig
+from pipeline.config_sections import ModelConfig
 from pipeline.errors import UserError
 from pipeline.gguf_import import import_gguf
 from pipeline.model_source import INDEX, SINGLE, ModelSource, hub_url, locate, open_model

@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from pipeline.checks import check_readable
-from pipeline.config import SchemeConfig
+from pipeline.config_sections import SchemeConfig
 from pipeline.errors import UserError
 from pipeline.mixture import original_names
 from pipeline.model_source import SINGLE, ModelSource, open_model

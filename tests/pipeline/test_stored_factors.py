@@ -10,7 +10,7 @@ from running import Silent, checkpoint_hashes, run, tiny_config
 from torch import Tensor
 
 from pipeline import factors as module
-from pipeline.config import ComputeConfig
+from pipeline.config_sections import ComputeConfig
 from pipeline.errors import UserError
 from pipeline.factors import KIND, factors_artifact, stored_factors
 from pipeline.prepare import prepare

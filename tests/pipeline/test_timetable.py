@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import ScheduleConfig
+from pipeline.config_sections import ScheduleConfig
 from pipeline.timetable import Timetable
 
 

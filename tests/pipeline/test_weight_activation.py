@@ -22,8 +22,8 @@ from lsi.activations import quantize_tokens
 from lsi.grid import Grid
 from pipeline.activations import attentions, quantize_activations
 from pipeline.cli import app
-from pipeline.config import SchemeConfig
 from pipeline.config_file import parse_config
+from pipeline.config_sections import SchemeConfig
 from pipeline.costs import placeholder_inputs
 from pipeline.errors import UserError
 from pipeline.estimate import estimate, estimate_lines

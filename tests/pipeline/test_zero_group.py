@@ -20,7 +20,7 @@ from cluster.group import Membership
 from lsi.engine import Later
 from pipeline.artifacts import Artifact, Writer, read_tensors
 from pipeline.block_state import own_part
-from pipeline.config import ComputeConfig
+from pipeline.config_sections import ComputeConfig
 from pipeline.members import Members
 from pipeline.store import open_store
 
