@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.live import Live
+from rich.padding import Padding
 from rich.table import Table
 
 from pipeline.errors import UserError
@@ -446,6 +447,33 @@ def show_checks(checks: list[Check]) -> None:
     for check in checks:
         table.add_row(check.name, marks[check.state], _escape(check.finding), _escape(check.remedy))
     Console().print(table, highlight=False)
+
+
+@app.command("keys")
+def list_keys(
+    section: Annotated[
+        str | None, typer.Argument(metavar="[SECTION]", help="One section alone, e.g. method.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Every key of a configuration: its default, what it takes, what it means."""
+    _quiet_libraries()
+    from dataclasses import asdict
+
+    from pipeline.keys import keys_of
+
+    try:
+        found = keys_of(section)
+    except UserError as error:
+        fail(str(error), REFUSED)
+    if as_json:
+        print(json.dumps([asdict(key) for key in found]))
+        return
+    console = Console()
+    for key in found:
+        default = f": {key.default}" if key.default else " (required)"
+        console.print(f"[bold]{key.name}[/]{_escape(default)}  [dim]{_escape(key.takes)}[/]", highlight=False)
+        console.print(Padding(_escape(key.meaning), (0, 0, 0, 4), expand=False), highlight=False)
 
 
 @app.command("eval")

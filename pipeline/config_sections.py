@@ -287,7 +287,9 @@ class ClusterConfig(Section):
         description="most actors that train; null: as many as the cluster has room for, machines that join too",
     )
     cpu_workers: int = Field(0, ge=0, description="further actors without a GPU, for the merge")
-    cpus_per_worker: float = Field(1, gt=0)
+    cpus_per_worker: float = Field(
+        1, gt=0, description="what Ray sets aside; the threads of each actor are compute.threads"
+    )
     gpus_per_worker: float = Field(0, ge=0, description="a part of one counts")
     memory_gib: float | None = Field(
         None,
@@ -318,7 +320,7 @@ SAME_BYTES = ("recompute", "checkpoint")
 class ComputeConfig(Section):
     """How it is computed. What changes sums is part of every content address."""
 
-    device: Literal["cpu", "cuda"] = Field("cpu")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="cuda: give each worker a GPU, cluster.gpus_per_worker")
     engine: Literal["torch", "deepspeed"] = Field(
         "torch", description="who keeps a block's tensors and steps its optimizer: plain torch, or DeepSpeed's ZeRO-3"
     )
@@ -423,8 +425,8 @@ class EvaluationConfig(Section):
     texts: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")], str] = Field(
         default={}, description="name (letters, digits, _ . -): text file, or hub data set as id:subset:split"
     )
-    windows: int = Field(16, ge=1)
-    length: int = Field(512, ge=2)
+    windows: int = Field(16, ge=1, description="of each text, from its start, without overlap")
+    length: int = Field(512, ge=2, description="tokens in each")
     baselines: list[Literal["full_precision", "round_to_nearest"]] = Field(
-        default=["full_precision", "round_to_nearest"]
+        default=["full_precision", "round_to_nearest"], description="what the result is compared with"
     )

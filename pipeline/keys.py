@@ -1,0 +1,79 @@
+"""The keys of a configuration: what each takes, its default, what it means (`lsi keys`)."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from pipeline.config import RunConfig
+from pipeline.config_sections import Section
+from pipeline.errors import UserError
+
+WORDS = {str: "text", int: "integer", float: "number", bool: "true or false", NoneType: "null"}
+SIGNS = {"ge": "≥", "gt": ">", "le": "≤"}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One line of the reference. `default`: as it is written in a file; "" for a key that must be given."""
+
+    name: str
+    takes: str
+    default: str
+    meaning: str
+
+
+def keys_of(section: str | None = None) -> list[Key]:
+    """All keys in the file's order, or a section's. Raises UserError if there is no such section."""
+    every = list(_keys(RunConfig, ""))
+    if section is None:
+        return every
+    if found := [key for key in every if section in (key.name, key.name.split(".")[0])]:
+        return found
+    heads = list(RunConfig.model_fields)
+    near = difflib.get_close_matches(section, heads, n=1)
+    raise UserError(
+        f"a configuration has no section {section!r}; {f'did you mean {near[0]}?' if near else 'there are ' + ', '.join(heads)}"
+    )
+
+
+def _keys(section: type[BaseModel], above: str) -> Iterator[Key]:
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            yield from _keys(kind, f"{above}{name}.")
+        else:
+            default = "" if field.is_required() else json.dumps(field.get_default(call_default_factory=True))
+            yield Key(f"{above}{name}", _takes(field), default, field.description or "")
+
+
+def _takes(field: FieldInfo) -> str:
+    limits = [
+        f"{sign} {getattr(bound, name)}"
+        for bound in field.metadata
+        for name, sign in SIGNS.items()
+        if hasattr(bound, name)
+    ]
+    return ", ".join([_words(field.annotation), *limits])
+
+
+def _words(kind: Any) -> str:
+    """Of a type, such as "none, diagonal" or "integer or null"."""
+    if kind in WORDS:
+        return WORDS[kind]
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return ", ".join(str(value) for value in inner)
+    if origin in (Union, UnionType):
+        return " or ".join(_words(one) for one in inner)
+    if origin is list:
+        return f"list of {_words(inner[0])}"
+    assert origin is dict
+    return "mapping"
