@@ -119,5 +119,7 @@ def check_equivalence(config: RunConfig, skeleton: Skeleton) -> None:
             for kind in method.equivalence if method.equivalence != "auto" else ():
                 find_pairs(block, family, [kind], shifts=False)
     except ValueError as error:
-        key = "method.shifts" if "shifts" in str(error) else "method.equivalence"
-        raise UserError(f"{key}: {error}") from error
+        if "shifts" in str(error):
+            raise UserError(f"method.shifts: {error}") from error
+        whose = f", as preset {config.preset} has it" if config.preset else ""
+        raise UserError(f"method.equivalence{whose}: {error} (method.equivalence: [] leaves it out)") from error
