@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from pipeline.config import RunConfig
 from pipeline.config_sections import FINETUNE_BLOCKS, SchemeConfig, Section
@@ -15,14 +17,23 @@ from pipeline.errors import UserError
 from pipeline.presets import expand
 
 
-def valid_keys(section: type[BaseModel] = RunConfig) -> list[str]:
+def section_of(field: FieldInfo) -> type[Section] | None:
+    """The section that a key holds; None for one with a value."""
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def fields_of(section: type[BaseModel] = RunConfig, above: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every dotted key, sections and leaves, and what is said of it."""
+    for name, field in section.model_fields.items():
+        yield f"{above}{name}", field
+        if inner := section_of(field):
+            yield from fields_of(inner, f"{above}{name}.")
+
+
+def valid_keys() -> list[str]:
     """Every dotted key, sections and leaves."""
-    keys = []
-    for name, info in section.model_fields.items():
-        keys.append(name)
-        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
-            keys += [f"{name}.{key}" for key in valid_keys(info.annotation)]
-    return keys
+    return [key for key, _ in fields_of()]
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pipeline.config import RunConfig
-from pipeline.config_sections import Section
+from pipeline.config_file import fields_of, section_of
 from pipeline.errors import UserError
 
 WORDS = {str: "text", int: "integer", float: "number", bool: "true or false", NoneType: "null"}
@@ -32,7 +30,7 @@ class Key:
 
 def keys_of(section: str | None = None) -> list[Key]:
     """All keys in the file's order, or a section's. Raises UserError if there is no such section."""
-    every = list(_keys(RunConfig, ""))
+    every = [_key(name, field) for name, field in fields_of() if not section_of(field)]
     if section is None:
         return every
     if found := [key for key in every if section in (key.name, key.name.split(".")[0])]:
@@ -44,14 +42,9 @@ def keys_of(section: str | None = None) -> list[Key]:
     )
 
 
-def _keys(section: type[BaseModel], above: str) -> Iterator[Key]:
-    for name, field in section.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
-            yield from _keys(kind, f"{above}{name}.")
-        else:
-            default = "" if field.is_required() else json.dumps(field.get_default(call_default_factory=True))
-            yield Key(f"{above}{name}", _takes(field), default, field.description or "")
+def _key(name: str, field: FieldInfo) -> Key:
+    default = "" if field.is_required() else json.dumps(field.get_default(call_default_factory=True))
+    return Key(name, _takes(field), default, field.description or "")
 
 
 def _takes(field: FieldInfo) -> str:
