@@ -5,9 +5,9 @@
 
 Tools: the presets of configs/presets, `rtn` (round-to-nearest), `lwc-let` and `lwc-let-lsi` (OmniQuant's parts, and the increment
 beside them, one epoch at rates that were tuned alike), both with `-end` (the last stage of `fast` behind them), `fast-group` (`fast`
-with two actors a block), `best-wave` (`best` for many workers), `gptq` and `awq` (llm-compressor, its defaults), `awq-4`
-(4 points of its search, which has 20), `auto-round` (50 steps of batch 2), `auto-round-default` (200 of batch 8), and
-`full-precision`, which only measures the model itself, once for all settings. Settings:
+with two actors a block), `best-wave` (`best` for many workers), `best-8` (`best` in the batches that eight actors a block need), `gptq`
+and `awq` (llm-compressor, its defaults), `awq-4` (4 points of its search, which has 20), `auto-round` (50 steps of batch 2),
+`auto-round-default` (200 of batch 8), and `full-precision`, which only measures the model itself, once for all settings. Settings:
 w4ch is one scale per output channel, w3g64 one per 64 inputs; asymmetric, or symmetric with -sym; w8a8ch-sym quantizes activations
 too, for our own tools.
 
@@ -86,6 +86,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lwc-let-lsi-end": omniquant("diagonal", 1e-1) | END_OF_FAST,
     "fast-group": {"preset": "fast", "compute": {"group": 2}},
     "best-wave": {"preset": "best", "schedule": {"kind": "wave"}},
+    "best-8": {
+        "preset": "best",
+        "optimizer": {"batch_size": 8},
+        "end_to_end": {"batch_size": 8, "unit_samples": 8},
+    },
 }
 WITHOUT_CHANCE = {"rtn", "gptq", "awq", "awq-4"}
 TUNING_WINDOWS = 32
