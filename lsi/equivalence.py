@@ -63,15 +63,16 @@ class Equivalence(nn.Module):
             for site in pair.sites:
                 yield site.tensor.removesuffix(".weight"), "columns" if site.columns else "rows"
 
-    def transformed(self, block: nn.Module) -> dict[str, Tensor]:
+    def transformed(self, block: nn.Module, without: Collection[str] = ()) -> dict[str, Tensor]:
         """The tensors of the block that change, by name, in float32 and differentiable in scales and shifts.
 
-        A linear that expects it (`QuantizedLinear.expect_scaling`) is told by what: LINEAR.rows, LINEAR.columns.
+        Pairs named in `without` are left out. A linear that expects it (`QuantizedLinear.expect_scaling`) is told by what: LINEAR.rows, LINEAR.columns.
         """
         tensors: dict[str, Tensor] = {}
         # Columns first: W · δ is of the weight before its own rows are scaled, and they scale the bias with it.
         order = sorted(
-            ((pair, site) for pair in self.pairs for site in pair.sites), key=lambda entry: not entry[1].columns
+            ((pair, site) for pair in self.pairs if pair.name not in without for site in pair.sites),
+            key=lambda entry: not entry[1].columns,
         )
         with torch.autocast(next(iter(self.log_scale.values())).device.type, enabled=False):
             scales = {pair.name: self._scale(block, pair) for pair in self.pairs}
@@ -96,9 +97,9 @@ class Equivalence(nn.Module):
         exact = (weight + offset) / stored
         return straight_through(scale, torch.where(torch.isfinite(exact) & (exact > 0), exact, scale))
 
-    def within(self, block: nn.Module, function: Callable[[], Result]) -> Result:
+    def within(self, block: nn.Module, function: Callable[[], Result], without: Collection[str] = ()) -> Result:
         """What `function` returns while the block holds the transformed tensors; gradients reach scales and shifts."""
-        tensors = {f"block.{name}": tensor for name, tensor in self.transformed(block).items()}
+        tensors = {f"block.{name}": tensor for name, tensor in self.transformed(block, without).items()}
         result: Result = torch.func.functional_call(_Holder(block), tensors, (function,))
         return result
 

@@ -8,7 +8,7 @@ keep their last finite values and no later step changes them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -177,9 +177,16 @@ class Reconstruction:
         few = (name for name, seen in self.tokens.items() if seen * self.method.total_steps < least)
         return sorted({self.experts[name] for name in few})
 
-    def _within(self, function: Callable[[], Result]) -> Result:
-        """What `function` returns on the block as the equivalent transformation leaves it."""
-        return function() if self.equivalence is None else self.equivalence.within(self.block, function)
+    def _within(self, function: Callable[[], Result], without: Collection[str] = ()) -> Result:
+        """What `function` returns on the block as the equivalent transformation leaves it, without some pairs."""
+        return function() if self.equivalence is None else self.equivalence.within(self.block, function, without)
+
+    def _untrained_pairs(self) -> list[str]:
+        """Names of those within an expert that saw too few tokens: their scales have seen no more than it."""
+        few = set(self.untrained_experts())
+        owners = {f"{name}.weight": expert for name, expert in self.experts.items()}
+        pairs = [] if self.equivalence is None else self.equivalence.pairs
+        return [pair.name for pair in pairs if all(owners.get(site.tensor) in few for site in pair.sites)]
 
     @property
     def fresh(self) -> bool:
@@ -251,7 +258,11 @@ class Reconstruction:
         """Codes, scales and zero points of the present parameters, by linear name. Of a group whose members hold parts, the first one's
         to ask for; of another all ask together."""
         few = set(self.untrained_experts())
-        return self._within(lambda: {n: self._quantized(n, clip=self.experts.get(n) in few) for n in self.linears})
+
+        def quantized() -> dict[str, QuantizedWeight]:
+            return {name: self._quantized(name, clip=self.experts.get(name) in few) for name in self.linears}
+
+        return self._within(quantized, self._untrained_pairs())
 
     @torch.no_grad()
     def grids(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -270,7 +281,8 @@ class Reconstruction:
     @torch.no_grad()
     def folded(self) -> dict[str, Tensor]:
         """The block's other tensors that the equivalent transformation changes (norms, biases, routers), by name."""
-        tensors = {} if self.equivalence is None else self.equivalence.transformed(self.block)
+        without = self._untrained_pairs()
+        tensors = {} if self.equivalence is None else self.equivalence.transformed(self.block, without)
         in_linears = {f"{name}.{tensor}" for name in self.linears for tensor in ("weight", *SIDES)}
         return {name: tensor for name, tensor in tensors.items() if name not in in_linears}
 

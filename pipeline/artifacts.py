@@ -222,6 +222,14 @@ def read_record(store: Store, artifact: Artifact) -> Record | None:
     return record
 
 
+def read_meta(store: Store, artifact: Artifact) -> dict[str, Any]:
+    """What the record of a committed artifact says beside its files. Raises CorruptArtifactError."""
+    record = read_record(store, artifact)
+    if record is None:
+        raise CorruptArtifactError(artifact, "its record is missing")
+    return record.meta
+
+
 def read_file(store: Store, artifact: Artifact, name: str, record: Record | None = None) -> bytes:
     """One file, verified. Raises CorruptArtifactError if it is not there or not what was committed."""
     return _committed(store, artifact, name, record, _whole)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lsi.scales import adam_step, finite, initial_state, scaled
-from pipeline.artifacts import Artifact, CorruptArtifactError, Writer, read_record, read_tensors
+from pipeline.artifacts import Artifact, Writer, read_meta, read_tensors
 from pipeline.block_state import WEIGHTS_FILE, number, read_result
 from pipeline.config import RunConfig
 from pipeline.optimize import permutation
@@ -79,14 +79,6 @@ def _parts(batch: list[tuple[int, int]], size: int) -> Iterator[Share]:
 def moments_file(index: int) -> str:
     """The file of AdamW's moments of one block, in a file of their own: many read the scales, and one reads these."""
     return f"moments-{index:03d}.safetensors"
-
-
-def meta_of(worker: Worker, artifact: Artifact) -> dict[str, Any]:
-    """What a committed artifact's record says. Raises CorruptArtifactError."""
-    record = read_record(worker.store, artifact)
-    if record is None:
-        raise CorruptArtifactError(artifact, "its record is missing")
-    return record.meta
 
 
 def mean_loss(parts: list[dict[str, Any]]) -> float:
@@ -163,8 +155,10 @@ class UpdateTask:
     out: Artifact
 
     def __call__(self, worker: Worker) -> dict[str, Any]:
-        parts = [meta_of(worker, artifact) for artifact in self.gradients]
-        before: dict[str, Any] = meta_of(worker, self.previous) if self.previous else {"status": "ok", "done": 0}
+        parts = [read_meta(worker.store, artifact) for artifact in self.gradients]
+        before: dict[str, Any] = (
+            read_meta(worker.store, self.previous) if self.previous else {"status": "ok", "done": 0}
+        )
         tokens = sum(part["tokens"] for part in parts)
         good = before["status"] == "ok" and all(part["finite"] for part in parts)
         rate = worker.config.end_to_end.learning_rate
@@ -214,8 +208,8 @@ class ScaledTask:
     out: Artifact
 
     def __call__(self, worker: Worker) -> dict[str, Any]:
-        trained = meta_of(worker, self.scales)
-        before, after = ([meta_of(worker, a) for a in measured] for measured in (self.before, self.after))
+        trained = read_meta(worker.store, self.scales)
+        before, after = ([read_meta(worker.store, a) for a in measured] for measured in (self.before, self.after))
         initial, final = mean_loss(before), mean_loss(after)
         better = final < initial
         result = read_result(worker.store, self.result)

@@ -7,7 +7,7 @@ are kept (`end_to_end.resident`), or read again for every pass: then memory is o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from lsi.equivalence import load_tensors
 from lsi.objective import products_in
 from lsi.scales import ScaledLinear, head_pass, replace_by_scaled
 from pipeline.activations import quantize_activations
-from pipeline.artifacts import Artifact, read_tensors
+from pipeline.artifacts import Artifact, read_meta, read_tensors
 from pipeline.block_state import read_result
 from pipeline.worker import Worker
 
@@ -46,8 +46,13 @@ class Opened:
         for name, linear in self.linears.items():
             linear.put(factors[f"value/{name}"] if factors else torch.ones_like(linear.factor))
 
+    def freeze(self, experts: Collection[str]) -> None:
+        """Leave the scales of these experts as they are."""
+        for name, linear in self.linears.items():
+            linear.factor.requires_grad_(name.rpartition(".")[0] not in experts)
+
     def take_gradients(self) -> dict[str, Tensor]:
-        """Of its factors, which have none afterwards; zeros where no token came by."""
+        """Of its factors, which have none afterwards; zeros where no token came by, or that are frozen."""
         found = {}
         for name, linear in self.linears.items():
             gradient, linear.factor.grad = linear.factor.grad, None
@@ -96,6 +101,8 @@ class Student:
         opened = Opened(block, replace_by_scaled(block, weights, recompute=worker.config.compute.recompute))
         quantize_activations(block, worker.linears(index), worker.config.scheme)
         opened.put(self._factors(index))
+        # What is clipped without data is not to follow a few tokens here either.
+        opened.freeze(read_meta(worker.store, self.results[index]).get("untrained_experts", ()))
         if self.resident:
             self.kept[index] = opened
         return opened

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from running import Silent, checkpoint_hashes, run, run_in_pieces, tiny_config
+from test_equivalence_run import MIXTURE, family
 
 from pipeline import student
 from pipeline.artifacts import Artifact, Writer, read_record, read_tensors
@@ -102,6 +103,20 @@ def test_it_lowers_the_divergence_and_changes_nothing_but_scales(model: Path, sh
     assert all(meta["kept"] == "trained" and meta["loss"] < meta["initial_loss"] for meta in metas(finished))
     assert result["end_to_end"]["kept"] == "trained"
     assert result["end_to_end"]["loss"] < result["end_to_end"]["initial_loss"]
+
+
+def test_experts_that_saw_few_tokens_keep_their_scales(
+    tiny_model: Callable[..., Path], short_text: Path, tmp_path: Path
+) -> None:
+    folder = family(tiny_model, tmp_path / "model", "qwen3_moe", **MIXTURE)
+    sections = {"scheme": {"bits": 2, "symmetric": True}, "method": {"increment": "none", "expert_tokens": 1000}}
+    finished, result = run(config(folder, short_text, tmp_path / "run", **sections))
+    everyone = [f"mlp.experts.{number}" for number in range(4)]
+    assert result["untrained_experts"] == {"0": everyone, "1": everyone}
+    assert result["end_to_end"]["kept"] == "trained"
+    for old, new in zip(blocks(finished, "quantized"), blocks(finished, "scaled"), strict=True):
+        for name, weight in old.weights.items():
+            assert torch.equal(weight.scale, new.weights[name].scale) == ("experts" in name)
 
 
 def test_the_checkpoint_holds_the_trained_scales(model: Path, short_text: Path, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ COMMON = {
     "eos_token_id": 0,
 }
 FAMILIES: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 8},
     "qwen2": {},
     "qwen3": {},
     "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 16},
@@ -161,14 +162,16 @@ def test_experts_are_quantized_one_by_one_and_saved_as_their_family_does(
     assert_loader_agrees(finished, result, short_text)
 
 
-@pytest.mark.parametrize(("rate", "kept"), [(None, "epoch 3"), (1e3, "initial")])
+@pytest.mark.parametrize(
+    ("rate", "equivalence", "kept"), [(None, [], "epoch 3"), (1e3, [], "initial"), (None, "auto", "epoch 3")]
+)
 def test_experts_with_few_tokens_are_reported(
-    tiny_model: TinyModel, short_text: Path, tmp_path: Path, rate: float | None, kept: str
+    tiny_model: TinyModel, short_text: Path, tmp_path: Path, rate: float | None, equivalence: Any, kept: str
 ) -> None:
     """Whatever state of their block is kept."""
     folder = family(tiny_model, tmp_path / "model", "qwen3_moe", **MIXTURE)
     optimizer = TRAINED["optimizer"] | {"increment_learning_rate": rate}
-    method = {"expert_tokens": 1000, "increment": "diagonal"}
+    method = {"expert_tokens": 1000, "increment": "diagonal", "equivalence": equivalence}
     sections: dict[str, Any] = {"scheme": {"symmetric": True}, "method": method, "optimizer": optimizer}
     finished, result = run(tiny_config(folder, short_text, tmp_path / "run", **TRAINED | sections))
     everyone = [f"mlp.experts.{number}" for number in range(4)]

@@ -233,6 +233,32 @@ def test_w4a4_as_in_the_paper_ends_with_its_evaluation(outlying: Path, short_tex
     assert result_again["perplexity"] == result["perplexity"]
 
 
+def test_w6a6_is_trained_and_evaluated(outlying: Path, short_text: Path, tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"scheme": scheme(6, 6), "evaluation": EVALUATION, "method": {"equivalence": "auto"}}
+    sections |= {"data": {"samples": 12}, "optimizer": {"epochs": 3}}
+    finished, result = run(tiny_config(outlying, short_text, tmp_path / "run", **sections))
+    assert all(block["loss"] < block["initial_loss"] for block in block_reports(finished))
+    assert result["scheme"] == "W6A6 per channel, symmetric, activations symmetric"
+    assert result["unpublished"] == "W6A6 is served by no engine (those served: W8A8, W4A8, W4A4)"
+    assert {*result["perplexity"]} == {"full_precision", "round_to_nearest", "quantized"}
+
+
+@pytest.mark.parametrize(("start", "moved"), [("identity", False), ("smoothquant", True)])
+def test_what_equivalence_starts_from(
+    outlying: Path, short_text: Path, tmp_path: Path, start: str, moved: bool
+) -> None:
+    """With learning rates that change nothing, it is all there is."""
+    sections: dict[str, Any] = {
+        "scheme": scheme(8, 4),
+        "method": {"increment": "none", "clipping": "none", "equivalence": ["norm"], "equivalence_start": start},
+        "optimizer": {"epochs": 1, "equivalence_learning_rate": 1e-12},
+        "schedule": {"kind": "parallel", "refresh_every": 0},
+    }
+    finished, _ = run(tiny_config(outlying, short_text, tmp_path / "run", **sections))
+    for block in block_reports(finished):
+        assert (block["kept"] != "initial") == (block["loss"] < 0.9 * block["initial_loss"]) == moved
+
+
 def test_the_command_says_why_there_is_no_checkpoint_and_merge_refuses(
     model: Path, short_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
