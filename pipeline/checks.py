@@ -13,6 +13,7 @@ from pipeline.errors import UserError
 from pipeline.merge import unpublished
 from pipeline.mixture import has_mixture
 from pipeline.packed_format import unreadable
+from pipeline.presets import preset_values
 from pipeline.skeleton import Skeleton, check_groups
 
 
@@ -121,5 +122,11 @@ def check_equivalence(config: RunConfig, skeleton: Skeleton) -> None:
     except ValueError as error:
         if "shifts" in str(error):
             raise UserError(f"method.shifts: {error}") from error
-        whose = f", as preset {config.preset} has it" if config.preset else ""
+        whose = f", as preset {config.preset} has it" if _from_preset(config) else ""
         raise UserError(f"method.equivalence{whose}: {error} (method.equivalence: [] leaves it out)") from error
+
+
+def _from_preset(config: RunConfig) -> bool:
+    """Whether the preset asks for the same equivalent transformation."""
+    values = preset_values(config.preset, config.scheme.model_dump()) if config.preset else {}
+    return bool(values.get("method", {}).get("equivalence") == config.method.equivalence)

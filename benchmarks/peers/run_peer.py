@@ -1,9 +1,11 @@
 """Runs one peer on given tokens and saves what it made of the model, with plain dequantized weights.
 
     python run_peer.py auto-round --model FOLDER --tokens FILE.safetensors --out FOLDER --bits 3 --group-size 64
+    python run_peer.py gptq --packed --model FOLDER --tokens FILE.safetensors --out FOLDER --bits 4 --group-size 64
 
 Stands alone: it runs in the peers' own environment (requirements.txt beside it) and imports nothing of ours. The weights are
-saved as the tool would dequantize them, so that whatever reads safetensors can measure them, and no tool's export is in the way.
+saved as the tool would dequantize them, so that whatever reads safetensors can measure them, and no tool's export is in the way;
+with --packed, as llm-compressor's users save them (what `lsi finetune` takes).
 """
 
 from __future__ import annotations
@@ -32,8 +34,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--iterations", type=int, default=200, help="AutoRound's steps a block")
     parser.add_argument("--batch", type=int, default=8, help="AutoRound's sequences a step")
+    parser.add_argument("--packed", action="store_true", help="gptq, awq: save llm-compressor's own checkpoint")
     parser.add_argument("--awq-points", type=int, default=20, help="points of AWQ's search for each scale")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.packed and options.tool == "auto-round":
+        parser.error("--packed is for gptq and awq")
+    return options
 
 
 def auto_round(model: PreTrainedModel, tokens: torch.Tensor, options: argparse.Namespace) -> nn.Module:
@@ -58,8 +64,8 @@ def auto_round(model: PreTrainedModel, tokens: torch.Tensor, options: argparse.N
     return quantizer.quantize()[0]
 
 
-def llm_compressor(model: PreTrainedModel, tokens: torch.Tensor, options: argparse.Namespace) -> nn.Module:
-    """GPTQ, or AWQ followed by rounding, with the defaults of llm-compressor."""
+def llm_compressor(model: PreTrainedModel, tokens: torch.Tensor, options: argparse.Namespace) -> None:
+    """GPTQ, or AWQ followed by rounding, with the defaults of llm-compressor, which leaves the model wrapped."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
     from llmcompressor import oneshot
@@ -92,7 +98,6 @@ def llm_compressor(model: PreTrainedModel, tokens: torch.Tensor, options: argpar
         max_seq_length=tokens.shape[1],
         shuffle_calibration_samples=False,
     )
-    return dequantized(model)
 
 
 def without_pinned_memory() -> None:
@@ -117,7 +122,7 @@ def dequantized(model: nn.Module) -> nn.Module:
 
 
 def save(model: nn.Module, source: str, out: Path) -> None:
-    """A transformers folder with the tensors that the source has, and its configuration."""
+    """A transformers folder with the dequantized tensors that the source has, and its configuration."""
     plain = AutoModelForCausalLM.from_pretrained(source)
     names = plain.state_dict()
     found = {name: tensor for name, tensor in model.state_dict().items() if name in names}
@@ -126,6 +131,9 @@ def save(model: nn.Module, source: str, out: Path) -> None:
         raise SystemExit(f"the tool's model lacks {len(missing)} tensors, {missing[0]} first")
     plain.load_state_dict(found)
     plain.save_pretrained(out)
+
+
+def copy_tokenizer(source: str, out: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (Path(source) / name).exists():
             shutil.copy(Path(source) / name, out / name)
@@ -136,8 +144,16 @@ def main() -> None:
     torch.manual_seed(options.seed)
     model = AutoModelForCausalLM.from_pretrained(options.model)
     tokens = load_file(options.tokens)["input_ids"]
-    run = auto_round if options.tool == "auto-round" else llm_compressor
-    save(run(model, tokens, options), options.model, Path(options.out))
+    out = Path(options.out)
+    if options.tool == "auto-round":
+        save(auto_round(model, tokens, options), options.model, out)
+    else:
+        llm_compressor(model, tokens, options)
+        if options.packed:
+            model.save_pretrained(out, save_compressed=True)
+        else:
+            save(dequantized(model), options.model, out)
+    copy_tokenizer(options.model, out)
 
 
 if __name__ == "__main__":

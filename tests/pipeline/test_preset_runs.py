@@ -73,6 +73,9 @@ def test_a_preset_that_a_family_cannot_take_is_named_with_the_key_to_set(
         UserError, match=rf"^method\.equivalence, as preset {name} has it: .*gpt_neox.*equivalence: \[\] leaves it out"
     ):
         prepare(preset_run(name, folder, short_text, tmp_path / "run", **sections), Silent())
+    typed = sections | {"method": {"corner": 16, "equivalence": ["value_output"]}}
+    with pytest.raises(UserError, match=r"^method\.equivalence: .*gpt_neox"):
+        prepare(preset_run(name, folder, short_text, tmp_path / "run", **typed), Silent())
 
 
 @pytest.mark.parametrize(
