@@ -16,14 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.live import Live
-from rich.padding import Padding
-from rich.table import Table
+from rich.markup import escape
 
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:  # the commands import late: `lsi --help` need not wait for torch
     from pipeline.config import RunConfig
-    from pipeline.doctor import Check
     from pipeline.reporter import Reporter
 
 app = typer.Typer(
@@ -54,7 +52,7 @@ LogOption = Annotated[
 
 def fail(message: str, code: int) -> NoReturn:
     """End with one sentence and an exit code."""
-    Console(stderr=True).print(f"[bold red]error:[/] {_escape(message)}", highlight=False, soft_wrap=True)
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
     raise typer.Exit(code)
 
 
@@ -64,10 +62,6 @@ def unexpected(error: Exception, resume: str = "") -> NoReturn:
         raise error
     reason = (str(error).splitlines() or [""])[0]
     fail(f"{type(error).__name__}: {reason} (LSI_DEBUG=1 shows where). {resume}".strip(), FAILED)
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 @contextmanager
@@ -280,31 +274,13 @@ def only_merge(graph: Any, driver: Any) -> None:
 
 
 def show_result(result: dict[str, Any]) -> None:
-    """The table for a person, or the result as one JSON line."""
+    """For a person, or as one JSON line."""
     if not sys.stdout.isatty():
         print(json.dumps(result))
         return
-    from pipeline.report import divergence_words, perplexity_rows
+    from pipeline.result_view import result_view
 
-    console = Console()
-    if result["perplexity"]:
-        header, rows = perplexity_rows(result["perplexity"])
-        console.print(
-            f"Perplexity, {result['scheme']}", highlight=False
-        )  # as a title it would be broken to the table's width
-        table = Table()
-        for index, name in enumerate(header):
-            table.add_column(name, justify="left" if index == 0 else "right")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    if result["end_to_end"]:
-        words = divergence_words(result["end_to_end"])
-        console.print(f"Divergence from full precision, by scales trained end to end: {words}", highlight=False)
-    peaks = ", ".join(f"{name} {mib:.0f}" for name, mib in result["peak_rss_mib"].items())
-    console.print(f"Peak memory (MiB): {peaks}", highlight=False)
-    place = result["checkpoint"] or f"none is published: {result['unpublished']}"
-    console.print(f"Checkpoint: {place}", highlight=False)
+    Console().print(result_view(result), highlight=False)
 
 
 @app.command()
@@ -424,6 +400,7 @@ def doctor(
     from pipeline.config_file import load_config
     from pipeline.doctor import as_json as to_json
     from pipeline.doctor import examine, usable
+    from pipeline.doctor_view import doctor_view
 
     try:
         loaded = None if config is None else load_config(config, overrides or [])
@@ -433,20 +410,9 @@ def doctor(
     if as_json:
         print(to_json(checks))
     else:
-        show_checks(checks)
+        Console().print(doctor_view(checks), highlight=False)
     if not usable(checks):
         raise typer.Exit(FAILED)
-
-
-def show_checks(checks: list[Check]) -> None:
-    """What was checked, what was found, what to do."""
-    marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "failed": "[bold red]failed[/]"}
-    table = Table("check", "")
-    for name in ("finding", "remedy"):
-        table.add_column(name, overflow="fold")  # a path is of no use without its end
-    for check in checks:
-        table.add_row(check.name, marks[check.state], _escape(check.finding), _escape(check.remedy))
-    Console().print(table, highlight=False)
 
 
 @app.command("keys")
@@ -461,6 +427,7 @@ def list_keys(
     from dataclasses import asdict
 
     from pipeline.keys import keys_of
+    from pipeline.keys_view import keys_view
 
     try:
         found = keys_of(section)
@@ -469,11 +436,7 @@ def list_keys(
     if as_json:
         print(json.dumps([asdict(key) for key in found]))
         return
-    console = Console()
-    for key in found:
-        default = f": {key.default}" if key.default else " (required)"
-        console.print(f"[bold]{key.name}[/]{_escape(default)}  [dim]{_escape(key.takes)}[/]", highlight=False)
-        console.print(Padding(_escape(key.meaning), (0, 0, 0, 4), expand=False), highlight=False)
+    Console().print(keys_view(found), highlight=False)
 
 
 @app.command("eval")
