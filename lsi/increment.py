@@ -53,8 +53,9 @@ class Increment:
 
     @property
     def smallest_rank(self) -> int:
-        """The least rank that a weight must have for this increment: what `rank` or the corner ask for."""
-        return 1 if self.kind == "none" else max(self.rank or 1, self.corner if self.kind == "corner" else 1)
+        """The least rank that a weight must have for this increment: what `rank`, the corner or the band ask for."""
+        reach = {"none": 0, "corner": self.corner, "band": self.band + 1}.get(self.kind, 1)
+        return max(reach, self.rank or 1) if reach else 1
 
     def entries(self, out_features: int, in_features: int) -> int:
         """How many numbers are trained in one linear."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from lsi.block import get_linear, linear_names
+from torch import nn
+
+from lsi.block import get_linear, is_skipped, linear_names
 from lsi.experts import OpenedExperts
 from lsi.families import family_of, find_family
 from lsi.pairs import find_pairs
@@ -33,6 +35,7 @@ def check_scheme(config: RunConfig, skeleton: Skeleton) -> None:
         names = linear_names(skeleton.blocks[index], skeleton.block_prefix(index), config.scheme.skip)
         check_groups(skeleton, index, names, config.scheme.group_size)
         check_readable(skeleton, index, names, config.scheme)
+        check_fused(skeleton, index, config.scheme)
         check_rank(skeleton, index, names, config.method)
         check_experts(skeleton, index, names, config.scheme)
         found = found or bool(names)
@@ -66,15 +69,29 @@ def check_readable(skeleton: Skeleton, index: int, names: list[str], scheme: Sch
         )
 
 
+def check_fused(skeleton: Skeleton, index: int, scheme: SchemeConfig) -> None:
+    """Refuse experts that stay in one tensor, and so in full precision, unless they are skipped knowingly."""
+    for name, module in skeleton.blocks[index].named_modules():
+        parameters = module.named_parameters(recurse=False)
+        fused = [f"{part} {tuple(one.shape)}" for part, one in parameters if one.ndim == 3 and min(one.shape) > 1]
+        known = isinstance(module, nn.Conv1d) or is_skipped(f"{skeleton.block_prefix(index)}.{name}", scheme.skip)
+        if fused and not known:
+            raise UserError(
+                f"block {index} holds experts in one tensor, {name}.{fused[0]}, in a layout that is not known, so that they would stay in full "
+                f"precision: add {name} to scheme.skip for that"
+            )
+
+
 def check_rank(skeleton: Skeleton, index: int, names: list[str], method: MethodConfig) -> None:
-    """Refuse a rank or a corner that some linear is too small for."""
+    """Refuse a rank, a corner or a band that some linear is too small for."""
     asked = method.increments.smallest_rank
-    key = "rank" if method.rank == asked else "corner"
+    key = "rank" if method.rank == asked else method.increment
+    beyond = 1 if key == "band" else 0  # the main diagonal
     ranks = {name: min(get_linear(skeleton.blocks[index], name).weight.shape) for name in names}
     if small := {name: rank for name, rank in ranks.items() if rank < asked}:
         listed = ", ".join(f"{name} ({rank})" for name, rank in small.items())
         raise UserError(
-            f"method.{key} {asked} is above the rank of {listed}: set method.{key} to {min(small.values())} or less"
+            f"method.{key} {asked - beyond} is above the rank of {listed}: set method.{key} to {min(small.values()) - beyond} or less"
         )
 
 

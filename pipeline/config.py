@@ -46,8 +46,13 @@ def check_stages(method: MethodConfig, optimizer: OptimizerConfig) -> None:
         )
 
 
-def check_corner(method: MethodConfig) -> None:
-    """Refuse a corner between fewer singular vectors than it has rows. Raises ValueError."""
+def check_rank(method: MethodConfig) -> None:
+    """Refuse a corner or a band between fewer singular vectors than it takes. Raises ValueError."""
+    if method.increment == "band" and method.rank is not None and method.band >= method.rank:
+        raise ValueError(
+            f"method.band {method.band} reaches past method.rank {method.rank}, the singular values that are kept: set "
+            f"method.band to {method.rank - 1} or less, or method.rank to {method.band + 1} or more, or to null for all"
+        )
     if method.increment == "corner" and method.rank is not None and method.corner > method.rank:
         raise ValueError(
             f"method.corner {method.corner} is larger than method.rank {method.rank}, the singular values that are kept: set "
@@ -101,7 +106,7 @@ class RunConfig(Section):
             raise ValueError(
                 "method.shifts means nothing without method.equivalence: set that to auto, or leave it out"
             )
-        check_corner(method)
+        check_rank(method)
         check_stages(method, self.optimizer)
         nothing = method.clipping == method.increment == method.rounding == "none" and not method.equivalence
         if self.optimizer.epochs and nothing:
@@ -118,6 +123,10 @@ class RunConfig(Section):
                 raise ValueError(
                     f"schedule.{name} {value} means nothing for {schedule.kind}: set schedule.kind to wave"
                 )
+        if schedule.refresh_every != 1 and schedule.kind == "sequential":
+            raise ValueError(
+                f"schedule.refresh_every {schedule.refresh_every} means nothing for sequential: set schedule.kind to parallel or wave"
+            )
         if schedule.parts > 1 and schedule.refresh_every != 1:
             raise ValueError(
                 f"schedule.parts {schedule.parts} renews inputs with every part, and schedule.refresh_every is {schedule.refresh_every}: "

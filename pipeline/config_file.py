@@ -82,21 +82,24 @@ def _explain(errors: list[Any], where: str) -> str:
         elif error["type"] == "missing":
             lines.append(f"{where}: {path} is required")
         elif error["type"] == "value_error":
-            lines.append(
-                f"{where}: {path + ' = ' + repr(error['input']) + ': ' if path else ''}{error['ctx']['error']}"
-            )
+            # A rule across a section's keys names those that it is about.
+            value = "" if not path or isinstance(error["input"], dict) else f"{path} = {error['input']!r}: "
+            lines.append(f"{where}: {value}{error['ctx']['error']}")
         else:
             lines.append(f"{where}: {path} = {error['input']!r}: {error['msg'][:1].lower()}{error['msg'][1:]}")
     return "\n".join(lines)
 
 
-def _expanded(tree: dict[str, Any]) -> dict[str, Any]:
+def _expanded(tree: dict[str, Any], where: str) -> dict[str, Any]:
     """The tree with its preset's values; as it is where the scheme that they depend on is refused anyway."""
     try:
         scheme = SchemeConfig.model_validate(tree.get("scheme", {}))
     except ValidationError:
         return tree
-    return expand(tree, scheme.model_dump())
+    try:
+        return expand(tree, scheme.model_dump())
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def parse_config(tree: object, where: str = "config") -> RunConfig:
@@ -104,7 +107,7 @@ def parse_config(tree: object, where: str = "config") -> RunConfig:
     if not isinstance(tree, dict):
         raise UserError(f"{where}: expected sections such as model:, data: and storage:, found {type(tree).__name__}")
     try:
-        return RunConfig.model_validate(_expanded(tree))
+        return RunConfig.model_validate(_expanded(tree, where))
     except ValidationError as error:
         raise UserError(_explain(error.errors(), where)) from error
 

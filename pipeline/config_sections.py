@@ -145,7 +145,7 @@ class MethodConfig(Section):
     )
     loss: Literal["relative", "mse"] = Field(
         "relative",
-        description="error of a block's outputs, each token divided by its own size, or as in the papers not divided",
+        description="error of a block's outputs: each token's e divided by its own size, as log(1 + e), or mse, as in the papers",
     )
     first_token: float = Field(
         0.1, ge=0, description="what the first token's error (the attention sink's) counts beside the mean of all"
@@ -162,6 +162,14 @@ class MethodConfig(Section):
         ge=0,
         description="weight of a further loss: against the full-precision block on the same inputs (OmniQuant's aug_loss)",
     )
+
+    @field_validator("equivalence", mode="before")
+    @classmethod
+    def _known(cls, given: Any) -> Any:
+        """One sentence in place of one for each form that the value may have."""
+        if given != "auto" and not (isinstance(given, list) and all(kind in KINDS for kind in given)):
+            raise ValueError(f"input should be auto, or a list of some of {', '.join(KINDS)} ([] for none)")
+        return given
 
     def parts(self, scale_dtype: torch.dtype, products: torch.dtype | None) -> Parts:
         """What is trained in a linear, as the algorithm takes it. products: the dtype of training's, None: float32."""

@@ -116,7 +116,9 @@ def _dequantized_index(source: PackedSource) -> Index:
     if not owners:
         raise UserError(f"{source.store.url}: no shard holds a packed weight (NAME{PACKED}); {TAKES}")
     if ordered := [name for name in stored if name.endswith(("_g_idx", ".g_idx"))]:
-        raise UserError(f"{source.store.url}: its groups are in activation order (it holds {ordered[0]}); {TAKES}")
+        raise UserError(
+            f"{source.store.url}: its groups are in activation order (it holds {ordered[0]}): quantize again with actorder static; {TAKES}"
+        )
     index = {f"{owner}.weight": _dequantized_entry(source, owner) for owner in owners}
     parts = {owner + part for owner in owners for part in (PACKED, SCALE, SHAPE, ZERO)}
     return index | {name: place for name, place in stored.items() if name not in parts}

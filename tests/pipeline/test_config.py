@@ -179,6 +179,11 @@ def test_values_out_of_range_are_named(section: str, key: str, value: Any) -> No
             "schedule.kind to wave",
         ),
         (
+            {"schedule": {"kind": "sequential", "refresh_every": 0}},
+            "schedule.refresh_every 0 means nothing for sequential",
+            "schedule.kind to parallel or wave",
+        ),
+        (
             {"schedule": {"kind": "wave", "parts": 2, "refresh_every": 2}},
             "schedule.refresh_every is 2",
             "set it to 1, or schedule.parts to 1",
@@ -240,6 +245,8 @@ def test_a_corner_that_is_larger_than_the_rank() -> None:
     assert words in refusal(method={"increment": "corner", "rank": 64})
     assert parse_config(tree(method={"increment": "corner", "rank": 64, "corner": 64})).method.corner == 64
     assert parse_config(tree(method={"increment": "band", "rank": 64})).method.rank == 64
+    assert "method.band 4 reaches past method.rank 4" in refusal(method={"increment": "band", "rank": 4, "band": 4})
+    assert parse_config(tree(method={"increment": "band", "rank": 4, "band": 3})).method.band == 3
 
 
 def test_a_rank_that_nothing_has_needs_no_weights_of_that_size() -> None:

@@ -289,12 +289,32 @@ def test_zero_points_of_experts_are_refused(tiny_model: TinyModel, short_text: P
     prepare(tiny_config(folder, short_text, tmp_path / "run", scheme=skip), Silent())
 
 
+@pytest.mark.parametrize(
+    ("model_type", "named"),
+    [("gpt_oss", r"mlp\.experts\.gate_up_proj"), ("granitemoe", r"block_sparse_moe\.experts\.gate_up_proj")],
+)
+def test_experts_that_would_stay_in_full_precision_are_refused(
+    tiny_model: TinyModel, short_text: Path, tmp_path: Path, model_type: str, named: str
+) -> None:
+    folder = family(tiny_model, tmp_path / "m", model_type, **MIXTURE)
+    with pytest.raises(UserError, match=rf"block 0 holds experts in one tensor, {named} \(4, .* to scheme\.skip"):
+        prepare(tiny_config(folder, short_text, tmp_path / "run", scheme={"symmetric": True}), Silent())
+    skip = {"symmetric": True, "skip": ["lm_head", "experts"]}
+    finished, result = run(tiny_config(folder, short_text, tmp_path / "run", **TRAINED | {"scheme": skip}))
+    assert_loader_agrees(finished, result, short_text)
+
+
 def test_shifts_alone_and_unknown_kinds_are_refused() -> None:
     tree = {"model": {"source": "m"}, "data": {"source": "t"}, "storage": {"run": "r"}}
     with pytest.raises(UserError, match=r"method\.shifts means nothing without method\.equivalence: set that to auto"):
         parse_config(tree | {"method": {"shifts": True}})
-    with pytest.raises(UserError, match=r"method\.equivalence.*'rotation'.*'norm', 'value_output'"):
-        parse_config(tree | {"method": {"equivalence": ["rotation"]}})
+    for wrong in (["rotation"], "norm", 3):
+        with pytest.raises(UserError) as error:
+            parse_config(tree | {"method": {"equivalence": wrong}})
+        assert str(error.value) == (
+            f"config: method.equivalence = {wrong!r}: input should be auto, or a list of some of norm, value_output, query_key, up_down "
+            "([] for none)"
+        )
     only = {"increment": "none", "clipping": "none", "equivalence": "auto"}
     method = parse_config(tree | {"method": only}).method
     assert method.equivalence_kinds(SchemeConfig()) == ("norm", "value_output", "up_down")

@@ -86,6 +86,7 @@ def test_a_preset_that_a_family_cannot_take_is_named_with_the_key_to_set(
             {"increment": "corner", "corner": 50},
             r"method\.corner 50 is above the rank of .*k_proj \(32\).*to 32 or less",
         ),
+        ({"increment": "band", "band": 32}, r"method\.band 32 is above the rank of .*k_proj \(32\).*to 31 or less"),
     ],
 )
 def test_a_rank_above_a_linears_is_refused_before_any_work(

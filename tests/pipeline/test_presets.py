@@ -153,7 +153,7 @@ def test_a_run_keeps_its_values_when_the_preset_changes(tmp_path: Path) -> None:
 
 
 def test_an_unknown_preset_is_one_sentence_with_the_names() -> None:
-    with pytest.raises(UserError, match=r"^preset 'bset' does not exist; there are best, fast, paper"):
+    with pytest.raises(UserError, match=r"^config: preset 'bset' does not exist; there are best, fast, paper"):
         parse_config(tree(preset="bset"))
 
 
