@@ -48,6 +48,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config_sections import DataConfig, SchemeConfig
 from pipeline.data import calibration_tokens, evaluation_tokens
+from pipeline.errors import UserError
 from pipeline.gguf_import import import_gguf
 from pipeline.packed_format import refusal
 from pipeline.perplexity import model_perplexity, take_windows
@@ -253,9 +254,21 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """All jobs whose results are not there yet. Returns how many failed."""
+    """All jobs whose results are not there yet. Returns how many failed; 1 where a file is not there, or too short."""
     torch.set_num_threads(1)
-    bench = Bench(options)
+    files = [options.model, options.calibration, *(text.partition("=")[2] for text in options.text)]
+    if missing := [file for file in files if not Path(file).exists()]:
+        print(
+            f"{missing[0]} is not there; `lsi sample-material assets` gets the default model and texts", file=sys.stderr
+        )
+        return 1
+    try:
+        bench = Bench(options)
+        # Before anything is quantized: that there is enough of each text.
+        _ = bench.windows, bench.tokens
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
     path: Path = options.json
     failed = 0
     for job in jobs_of(options):
@@ -286,20 +299,33 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
 
+    def count(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is no count: give 1 or more")
+        return int(text)
+
+    def named_file(text: str) -> str:
+        name, _, file = text.partition("=")
+        if not (name and file):
+            raise argparse.ArgumentTypeError(f"{text!r} has no name: write NAME=FILE, as in wikipedia=heldout.txt")
+        return text
+
     assets = ROOT / "assets"
     texts = [f"wikipedia={assets / 'wikipedia-heldout.txt'}", f"news={assets / 'news.txt'}"]
     parser.add_argument("--tools", type=tools, default="full-precision,best,fast,paper,rtn,auto-round,gptq")
     parser.add_argument("--settings", type=settings, default="w4ch,w3g64,w3ch,w2g64,w2g32")
-    parser.add_argument("--seeds", type=int, default=1, help="how many")
+    parser.add_argument("--seeds", type=count, default=1, help="how many")
     parser.add_argument("--json", type=Path, help="where the results are, or go")
     parser.add_argument("--again", action="store_true", help="make those again that are there")
     parser.add_argument("--table", type=Path, nargs="+", metavar="JSON", help="print results as tables, run nothing")
     parser.add_argument("--model", default=str(assets / MODEL_FILE), help="a GGUF file, or a folder of safetensors")
     parser.add_argument("--calibration", default=str(assets / "wikipedia-calibration.txt"), help="a text file")
-    parser.add_argument("--text", action="append", metavar="NAME=FILE", help="what to measure on; may be repeated")
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--length", type=int, default=512, help="tokens of a sample and of a window")
-    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument(
+        "--text", type=named_file, action="append", metavar="NAME=FILE", help="what to measure on; may be repeated"
+    )
+    parser.add_argument("--samples", type=count, default=64)
+    parser.add_argument("--length", type=count, default=512, help="tokens of a sample and of a window")
+    parser.add_argument("--windows", type=count, default=64)
     parser.add_argument("--first-window", type=int, default=TUNING_WINDOWS)
     parser.add_argument("--peers-env", type=Path, default=ROOT / ".venv-peers", help="made if it is not there")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "quality", help="logs and checkpoints")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from process_tree import measure
-from quality import RECIPES, Bench, Job, jobs_of, parse
+from quality import RECIPES, Bench, Job, jobs_of, parse, run
 from quality_records import Setting, markdown, parse_setting, put_record, read_records, texts_of
 
 from pipeline.config_file import parse_config
@@ -73,6 +73,44 @@ def test_unknown_tools_and_settings_are_refused(capsys: pytest.CaptureFixture[st
         with pytest.raises(SystemExit):
             parse([*given, *(["--json", "x"] if given else [])])
     assert "'awk' is no tool; there are full-precision, best, fast, paper" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--seeds", "0"], "'0' is no count: give 1 or more"),
+        (["--windows", "few"], "'few' is no count"),
+        (["--text", "news.txt"], "'news.txt' has no name: write NAME=FILE"),
+    ],
+)
+def test_what_could_not_be_measured_is_refused_at_once(
+    capsys: pytest.CaptureFixture[str], given: list[str], words: str
+) -> None:
+    with pytest.raises(SystemExit):
+        parse([*given, "--json", "x"])
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "words"), [("nowhere.txt", "nowhere.txt is not there"), ("", "100032 windows of 16 tokens need")]
+)
+def test_a_text_that_is_missing_or_too_short_is_refused_before_anything_is_quantized(
+    tiny_model: Callable[..., Path],
+    short_text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    words: str,
+) -> None:
+    model, text = str(tiny_model(tmp_path / "model")), file or str(short_text)
+    where = ["--work", str(tmp_path / "work"), "--json", str(tmp_path / "out.json")]
+    sizes = ["--samples", "4", "--length", "16", "--windows", "100000"]
+    asked = parse(
+        ["--tools", "rtn", "--model", model, "--calibration", str(short_text), "--text", f"news={text}", *sizes, *where]
+    )
+    assert run(asked) == 1
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()
 
 
 def test_a_result_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
