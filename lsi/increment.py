@@ -54,8 +54,12 @@ class Increment:
     @property
     def smallest_rank(self) -> int:
         """The least rank that a weight must have for this increment: what `rank`, the corner or the band ask for."""
-        reach = {"none": 0, "corner": self.corner, "band": self.band + 1}.get(self.kind, 1)
-        return max(reach, self.rank or 1) if reach else 1
+        return 1 if self.kind == "none" else max(self.rank or 1, self.reach)
+
+    @property
+    def reach(self) -> int:
+        """The singular vectors that the corner or the band takes at least."""
+        return {"corner": self.corner, "band": self.band + 1}.get(self.kind, 1)
 
     def entries(self, out_features: int, in_features: int) -> int:
         """How many numbers are trained in one linear."""

@@ -184,7 +184,7 @@ def _changes(shape: BlockShape, config: RunConfig) -> Iterator[tuple[str, dict[s
         yield "method.increment diagonal", {"method": {"increment": "diagonal"}}, "trains singular values, not weights"
     if method.increment in ("diagonal", "corner", "band") or method.rank:
         full = min(shape.largest)
-        rank = max(method.increments.smallest_rank if method.increment == "corner" else 16, (method.rank or full) // 4)
+        rank = max(16, method.increments.reach, (method.rank or full) // 4)
         if rank < (method.rank or full):
             yield f"method.rank {rank}", {"method": {"rank": rank}}, "trains fewer singular values"
         if method.factor_dtype != "bfloat16":
