@@ -90,7 +90,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "best-8": {
         "preset": "best",
         "optimizer": {"batch_size": 8},
-        "end_to_end": {"batch_size": 8, "unit_samples": 8},
+        "end_to_end": {"batch_size": 4},
     },
 }
 WITHOUT_CHANCE = {"rtn", "gptq", "awq", "awq-4"}
