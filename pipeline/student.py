@@ -22,6 +22,7 @@ from lsi.scales import ScaledLinear, head_pass, replace_by_scaled
 from pipeline.activations import quantize_activations
 from pipeline.artifacts import Artifact, read_meta, read_tensors
 from pipeline.block_state import read_result
+from pipeline.mixture import has_mixture
 from pipeline.worker import Worker
 
 # Of one sequence: hidden states that enter the first block, and those that leave the full-precision model's last.
@@ -101,8 +102,9 @@ class Student:
         opened = Opened(block, replace_by_scaled(block, weights, recompute=worker.config.compute.recompute))
         quantize_activations(block, worker.linears(index), worker.config.scheme)
         opened.put(self._factors(index))
-        # What is clipped without data is not to follow a few tokens here either.
-        opened.freeze(read_meta(worker.store, self.results[index]).get("untrained_experts", ()))
+        if has_mixture(block):
+            # What is clipped without data is not to follow a few tokens here either.
+            opened.freeze(read_meta(worker.store, self.results[index]).get("untrained_experts", ()))
         if self.resident:
             self.kept[index] = opened
         return opened
