@@ -69,24 +69,18 @@ class OpenedExperts(nn.Module):
         return output
 
 
-def _is_fused(module: nn.Module) -> bool:
+def _can_be_opened(module: Any) -> bool:
+    """Whether a module is fused experts in the layout of Mixtral and Qwen3-MoE: not biased, transposed or interleaved."""
     tensors = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
-    return all(isinstance(tensor, nn.Parameter) and tensor.ndim == 3 for tensor in tensors)
+    fused = all(isinstance(tensor, nn.Parameter) and tensor.ndim == 3 for tensor in tensors)
+    return fused and module.is_concatenated and module.has_gate and not (module.has_bias or module.is_transposed)
 
 
 def open_experts(block: nn.Module) -> list[str]:
-    """Open every fused experts module of a block and return their names; none in a block without a mixture.
-
-    Raises ValueError for a layout other than Mixtral's and Qwen3-MoE's (biases, transposed or interleaved tensors).
-    """
-    names = [name for name, module in block.named_modules() if _is_fused(module)]
+    """Open the fused experts of a block and return their names; none in a block without a mixture, or with another layout."""
+    names = [name for name, module in block.named_modules() if _can_be_opened(module)]
     for name in names:
-        fused: Any = block.get_submodule(name)
-        if fused.has_bias or fused.is_transposed or not fused.is_concatenated or not fused.has_gate:
-            raise ValueError(
-                f"{type(fused).__name__} keeps its experts in a layout that cannot be opened; skip them with {name}.*"
-            )
-        block.set_submodule(name, OpenedExperts(fused))
+        block.set_submodule(name, OpenedExperts(block.get_submodule(name)))
     return names
 
 

@@ -15,7 +15,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from lsi.experts import OpenedExperts, open_experts
-from pipeline.errors import UserError
 
 EXPERT = re.compile(r"(.+\.\d+)\.(gate_proj|up_proj|down_proj)(\.weight)")
 ALL_PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -39,17 +38,10 @@ def expert_parts(model: PreTrainedModel) -> dict[str, str]:
 
 
 def open_mixtures(model: PreTrainedModel, blocks: nn.ModuleList) -> None:
-    """Open the experts of every block, where checkpoints keep them apart. Elsewhere they stay fused, and unquantized.
-
-    Raises UserError where they cannot be opened.
-    """
-    if not expert_parts(model):
-        return
-    try:
+    """Open the experts of every block, where checkpoints keep them apart. Elsewhere they stay fused, and unquantized."""
+    if expert_parts(model):
         for block in blocks:
             open_experts(block)
-    except ValueError as error:
-        raise UserError(f"{type(model).__name__}: {error}") from error
 
 
 def has_mixture(model: nn.Module) -> bool:
