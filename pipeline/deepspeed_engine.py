@@ -423,7 +423,7 @@ class DeepSpeedAttachment:
         flats = zip(self.held.zero.fp32_partitioned_groups_flat, self.held.starts(), strict=True)
         for flat, done in ((flat, steps - start) for flat, start in flats if moments and steps > start):
             optimizer.state[flat] = {
-                "step": done if self.held.counts_in_python else torch.tensor(float(done)),
+                "step": done if self.held.counts_in_python else torch.tensor(float(done), device=flat.device),
                 "exp_avg": torch.zeros_like(flat, requires_grad=False),
                 "exp_avg_sq": torch.zeros_like(flat, requires_grad=False),
             }

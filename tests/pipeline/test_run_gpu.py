@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import checkpoint_hashes, run, tiny_config
+from running import checkpoint_hashes, run, run_in_pieces, tiny_config
 
 from pipeline.report import block_reports
 
@@ -57,3 +57,16 @@ def test_the_gpu_agrees_with_the_cpu(tiny_model: Callable[..., Path], short_text
         losses[device] = [block["loss"] for block in block_reports(finished)]
     # Rounding to the grid turns last-bit differences into whole steps of single weights.
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.05)
+
+
+@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
+def test_a_run_in_pieces_on_the_gpu_is_the_whole_one_to_the_byte(
+    tiny_model: Callable[..., Path], short_text: Path, tmp_path: Path, engine: str
+) -> None:
+    """AdamW's state is taken up from storage between any two units."""
+    model = tiny_model(tmp_path / "model")
+    sections = {"compute": {"device": "cuda", "engine": engine}, "cluster": {"gpus_per_worker": 1}}
+    whole, _ = run(tiny_config(model, short_text, tmp_path / "whole", **sections))
+    pieces, result, _ = run_in_pieces(tiny_config(model, short_text, tmp_path / "pieces", **sections), 1)
+    assert not result["flagged_blocks"]
+    assert checkpoint_hashes(pieces.prepared.checkpoint) == checkpoint_hashes(whole.prepared.checkpoint)
