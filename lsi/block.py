@@ -25,9 +25,16 @@ def is_skipped(name: str, skip: list[str]) -> bool:
     return any(name == pattern or name.endswith("." + pattern) or fnmatch(name, pattern) for pattern in skip)
 
 
+def is_gate(name: str, linear: nn.Linear) -> bool:
+    """Whether a linear only weighs parts of a mixture: it has one output (Qwen2-MoE's shared_expert_gate) or belongs to a
+    router. It costs next to nothing, and engines expect it in full precision."""
+    return linear.out_features == 1 or "router" in name.split(".")
+
+
 def linear_names(block: nn.Module, prefix: str, skip: list[str]) -> list[str]:
-    """Names within the block of the linears that are quantized; `prefix` is the block's name in the model."""
-    names = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+    """Names within the block of the linears that are quantized, gates left out; `prefix` is the block's name in the model."""
+    linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    names = [name for name, linear in linears.items() if not is_gate(name, linear)]
     return [name for name in names if not is_skipped(f"{prefix}.{name}", skip)]
 
 

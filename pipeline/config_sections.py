@@ -66,7 +66,10 @@ class SchemeConfig(Section):
     quantize_qkv: bool = Field(
         False, description="q, k and v inside the attention too, as in the paper; evaluated and not published"
     )
-    skip: list[str] = Field(default=["lm_head"], description="linears left alone: names, suffixes or fnmatch patterns")
+    skip: list[str] = Field(
+        default=["lm_head"],
+        description="linears left alone: names, suffixes or fnmatch patterns (routers and gates of one output always are)",
+    )
 
     @field_validator("bits")
     @classmethod

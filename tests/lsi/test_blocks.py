@@ -60,6 +60,15 @@ def test_linear_names_are_matched_by_their_names_in_the_model() -> None:
     assert linear_names(layer, "model.layers.1", ["model.layers.0.*"]) == linear_names(layer, "model.layers.1", [])
 
 
+def test_gates_of_mixtures_are_no_linears_to_quantize() -> None:
+    block = nn.Module()
+    block.mlp = nn.Module()
+    block.mlp.shared_expert_gate = nn.Linear(8, 1)
+    block.mlp.router = nn.ModuleDict({"layer": nn.Linear(8, 4)})
+    block.mlp.gate_proj = nn.Linear(8, 8)
+    assert linear_names(block, "model.layers.0", []) == ["mlp.gate_proj"]
+
+
 def test_replacing_freezes_everything_else() -> None:
     layer = make_layer()
     untouched = layer.mlp.down_proj
