@@ -93,8 +93,11 @@ class Equivalence(nn.Module):
         if weight.ndim > 1 or not pair.consumers():
             return scale
         offset = float(norm.one_plus)
-        stored = (((weight + offset) / scale - offset).to(self.dtype).float() + offset).detach()
-        exact = (weight + offset) / stored
+        factor = weight + offset
+        stored = ((factor / scale - offset).to(self.dtype).float() + offset).detach()
+        # Next to -1, where the stored weight would take the channel away, it stays on its side.
+        least = offset * torch.finfo(self.dtype).eps * factor.sign()
+        exact = factor / torch.where(stored == 0, least, stored)
         return straight_through(scale, torch.where(torch.isfinite(exact) & (exact > 0), exact, scale))
 
     def within(self, block: nn.Module, function: Callable[[], Result], without: Collection[str] = ()) -> Result:

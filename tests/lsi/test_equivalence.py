@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -186,6 +187,21 @@ def test_norms_survive_the_rounding_to_their_dtype() -> None:
             errors[dtype, name] = float((output - target).abs().max() / target.abs().max())
     for name in ("llama", "gemma2-full"):
         assert errors[torch.bfloat16, name] < 1e-5 < 1e-3 < errors[torch.float32, name]
+
+
+@pytest.mark.parametrize("weight", [-0.5, -1.5])
+def test_a_norm_next_to_minus_one_does_not_lose_its_channel(weight: float) -> None:
+    """Where the weight divided by the scale would be rounded to -1, of which Gemma's norms make zero."""
+    block, task = make_case("gemma2-full")
+    norm = block.input_layernorm.weight
+    norm.fill_(weight)
+    target = run_block(block, task.inputs, task.arguments)
+    equivalence = Equivalence(block, ("norm",), dtype=torch.bfloat16)
+    equivalence.log_scale["attention_norm"].data.fill_(math.log(1000))
+    fold(equivalence, block)
+    assert torch.equal(norm, norm.bfloat16().float())
+    assert bool((norm != -1).all())
+    assert_close(run_block(block, task.inputs, task.arguments), target)
 
 
 @pytest.mark.parametrize(
