@@ -16,7 +16,7 @@ from pipeline.artifacts import Artifact
 from pipeline.merge import Results, shard_file, write_shard, written_before
 from pipeline.model_source import ModelSource
 from pipeline.packed_format import loadable, pack_linear
-from pipeline.packed_source import PackedSource
+from pipeline.packed_source import SHAPE, PackedSource
 from pipeline.skeleton import Skeleton, stored_name
 from pipeline.worker import Worker
 
@@ -82,8 +82,9 @@ class Copier:
             return self.source.read_stored(name)
         if self.packed is None or self.packed[0] != owner:
             self.packed = (owner, self._pack(owner))
-        # A bias is not trained.
-        return self.packed[1][name] if name in self.packed[1] else self.source.read_stored(name)
+        # Its bias is not trained, and its shape stays.
+        trained = name in self.packed[1] and not name.endswith(SHAPE)
+        return self.packed[1][name] if trained else self.source.read_stored(name)
 
     def _pack(self, owner: str) -> dict[str, Tensor]:
         block, name = self.owners[owner]

@@ -16,7 +16,7 @@ from pipeline.finetune_merge import CopyTask
 from pipeline.graph import Builder, Graph, Inputs, Node
 from pipeline.model_source import locate
 from pipeline.optimize import Piece
-from pipeline.packed_source import TAKES, PackedSource, open_packed
+from pipeline.packed_source import PackedSource, open_packed
 from pipeline.partial import unit_name
 from pipeline.skeleton import Skeleton, make_skeleton, stored_name
 from pipeline.timetable import Comparison
@@ -38,7 +38,6 @@ IDLE = {
     "schedule": tuple(ScheduleConfig.model_fields),
     "end_to_end": tuple(EndToEndConfig.model_fields),
 }
-BITS = (2, 3, 4, 6, 8)
 
 
 def first_trained(config: RunConfig, blocks: int) -> int:
@@ -102,8 +101,6 @@ def check_settings(config: RunConfig) -> None:
 def scheme_of(source: PackedSource, skeleton: Skeleton) -> SchemeConfig:
     """The checkpoint's grid; skipped are the linears that it does not hold packed."""
     grid = source.grid
-    if grid.bits not in BITS:
-        raise UserError(f"{source.store.url}: its weights have {grid.bits} bits, and only {BITS} are trained; {TAKES}")
     plain = []
     for index, block in enumerate(skeleton.blocks):
         prefix = skeleton.block_prefix(index)

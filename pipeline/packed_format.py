@@ -211,6 +211,8 @@ def read_scheme(document: Any) -> Grid:
     formats = {group.get("format") or document.get("format") for group in groups}
     if odd := sorted(str(name) for name in formats if name != CompressionFormat.pack_quantized.value):
         raise ValueError(f"its weights are in the form {', '.join(odd)}")
+    if document.get("transform_config") not in (None, {}, {"config_groups": {}}):
+        raise ValueError("its activations go through transforms (transform_config)")
     if document.get("kv_cache_scheme") or any(
         g.get("input_activations") or g.get("output_activations") for g in groups
     ):

@@ -15,12 +15,13 @@ from torch import Tensor
 from lsi.grid import Grid, QuantizedWeight
 from pipeline.errors import UserError
 from pipeline.model_source import DTYPES, ModelSource, parse_model_config, read_index, read_side_files
-from pipeline.packed_format import read_scheme, unpack_linear
+from pipeline.packed_format import packed_layout, read_scheme, unpack_linear
 from pipeline.store import Store
 from pipeline.tensors import TensorEntry
 
 Index = dict[str, tuple[str, TensorEntry]]
 PACKED, SCALE, SHAPE, ZERO = ".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point"
+BITS = (2, 3, 4, 6, 8)
 TAKES = (
     "lsi finetune takes weight-only integer checkpoints in compressed-tensors pack-quantized form, one grid for all linears, "
     "without activation order: those of `lsi quantize`, and llm-compressor's (GPTQ with actorder none, weight or static)"
@@ -85,6 +86,8 @@ def open_packed(store: Store, *, trust_remote_code: bool = False) -> PackedSourc
         grid = read_scheme(document)
     except ValueError as error:
         raise UserError(f"{store.url}: {error}; {TAKES}") from error
+    if grid.bits not in BITS:
+        raise UserError(f"{store.url}: its weights have {grid.bits} bits, and only {BITS} are trained; {TAKES}")
     plain = files | {"config.json": _without_quantization(files["config.json"])}
     config = parse_model_config(plain, store.url, trust_remote_code=trust_remote_code)
     source = PackedSource(store, config, files, {}, grid=grid, stored=read_index(store))
@@ -131,13 +134,21 @@ def _dequantized_entry(source: PackedSource, owner: str) -> tuple[str, TensorEnt
         raise UserError(
             f"{source.store.url}: {owner} is packed, but no shard holds {missing[0]}; get the checkpoint again"
         )
+    grid = source.grid
     shard, packed = source.stored[owner + PACKED]
     scale = source.stored[owner + SCALE][1]
     if scale.dtype not in DTYPES.values():
         raise UserError(f"{source.store.url}: the scales of {owner} are {scale.dtype}, not of {', '.join(DTYPES)}")
-    if source.grid.group_size is None:
-        # A row's codes fill whole words, so that the packed width does not tell it exactly.
-        width = int(source.read_stored(owner + SHAPE)[1])
-    else:
-        width = scale.shape[1] * source.grid.group_size
+    # A row's codes fill whole words, so that the packed width does not tell it exactly.
+    size = grid.group_size
+    width = int(source.read_stored(owner + SHAPE)[-1]) if size is None else scale.shape[-1] * size
+    layout = packed_layout(owner, packed.shape[0], width, grid.bits, size, grid.symmetric, scale.dtype)
+    for name, (dtype, shape) in layout.items():
+        found = source.stored[name][1]
+        # Any integers tell a shape, and they are copied.
+        if found.shape != shape or (found.dtype is not dtype and not name.endswith(SHAPE)):
+            raise UserError(
+                f"{source.store.url}: {name} is {found.dtype} {list(found.shape)}, and a linear of this grid ({grid.bits} bits) has "
+                f"{dtype} {list(shape)}; {TAKES}"
+            )
     return shard, TensorEntry(scale.dtype, (packed.shape[0], width), packed.start, packed.end)

@@ -236,6 +236,7 @@ REFUSED = {
         {"config_groups": {"group_0": weights_with() | {"input_activations": {"num_bits": 8}}}},
         "its activations are quantized",
     ),
+    "transforms": ({"transform_config": {"config_groups": {"u": {"type": "hadamard"}}}}, "go through transforms"),
     "cache": ({"kv_cache_scheme": {"num_bits": 8}}, "its activations are quantized"),
     "activation-order": (
         {"config_groups": {"g": weights_with(actorder="group")}},
@@ -282,6 +283,32 @@ def test_stored_activation_order_is_refused(rounded: Callable[..., Path], short_
         index.write_text(json.dumps(found))
     with pytest.raises(UserError, match=r"in activation order \(it holds model.layers"):
         run(tune_config(folder, short_text, tmp_path / "run"))
+
+
+def with_tensors(checkpoint: Path, folder: Path, part: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+    """A copy in which every NAME.part is another tensor."""
+    shutil.copytree(checkpoint, folder)
+    for file in folder.glob("*.safetensors"):
+        tensors = {n: change(t) if n.endswith(part) else t for n, t in load_file(file).items()}
+        save_file(tensors, file, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("part", ["weight_packed", "weight_scale"])
+def test_packed_tensors_of_another_layout_are_refused(
+    rounded: Callable[..., Path], short_text: Path, tmp_path: Path, part: str
+) -> None:
+    """Such as that of 3 bits with ten codes a word."""
+    folder = with_tensors(rounded("symmetric"), tmp_path / "other", part, lambda t: t[:, :-1].contiguous())
+    with pytest.raises(UserError, match=r"model\.layers.*, and a linear of this grid \(3 bits\) has torch"):
+        run(tune_config(folder, short_text, tmp_path / "run"))
+
+
+def test_shapes_in_other_integers_are_kept(rounded: Callable[..., Path], short_text: Path, tmp_path: Path) -> None:
+    folder = with_tensors(rounded("symmetric"), tmp_path / "other", "weight_shape", lambda t: t.int())
+    finished, _ = run(tune_config(folder, short_text, tmp_path / "run"))
+    tensors = load_file(next(Path(finished.prepared.checkpoint.url).glob("*.safetensors")))
+    assert {t.dtype for n, t in tensors.items() if n.endswith("weight_shape")} == {torch.int32}
 
 
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
