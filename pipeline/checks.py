@@ -16,7 +16,7 @@ from pipeline.merge import unpublished
 from pipeline.mixture import has_mixture
 from pipeline.packed_format import unreadable
 from pipeline.presets import preset_values
-from pipeline.skeleton import Skeleton, check_groups
+from pipeline.skeleton import Skeleton, check_groups, longest_sequence
 
 
 def check_run(config: RunConfig, skeleton: Skeleton) -> None:
@@ -25,6 +25,7 @@ def check_run(config: RunConfig, skeleton: Skeleton) -> None:
     check_equivalence(config, skeleton)
     check_look_ahead(config.method, skeleton)
     check_mixture(config, skeleton)
+    check_lengths(config, skeleton)
     check_purpose(config, skeleton)
 
 
@@ -45,6 +46,19 @@ def check_scheme(config: RunConfig, skeleton: Skeleton) -> None:
             "alone, so there is nothing to quantize; skip fewer, or this architecture is not supported"
         )
     check_attention(config.scheme, skeleton.model, skeleton.blocks)
+
+
+def check_lengths(config: RunConfig, skeleton: Skeleton) -> None:
+    """Refuse sequences longer than a table of learned positions."""
+    limit = longest_sequence(skeleton.model)
+    lengths = {"data.sequence_length": config.data.sequence_length}
+    if config.evaluation.texts:
+        lengths["evaluation.length"] = config.evaluation.length
+    for key, length in lengths.items():
+        if limit is not None and length > limit:
+            raise UserError(
+                f"{key} {length} is beyond the {limit} positions that the model has learned: set it to {limit} or less"
+            )
 
 
 def check_purpose(config: RunConfig, skeleton: Skeleton) -> None:

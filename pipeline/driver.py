@@ -70,12 +70,12 @@ class Driver:
 
     def inspect(self) -> tuple[list[str], str]:
         """Digests of every block's weights and of what is outside the blocks."""
-        fingerprint = self.prepared.source.fingerprint()
+        fingerprint, dtype = self.prepared.source.fingerprint(), str(self.prepared.context.dtype)
         parts: list[int | None] = [*range(len(self.prepared.skeleton)), None]
         artifacts = {}
         for part in parts:
             names = sorted(block_tensors(self.prepared.skeleton, part))
-            key = digest({"kind": "inspect", "fingerprint": fingerprint, "names": names})
+            key = digest({"kind": "inspect", "fingerprint": fingerprint, "names": names, "dtype": dtype})
             artifacts[part] = Artifact("inspect", "outer" if part is None else f"block-{part:03d}", key)
         nodes = [
             Node(f"inspect/{a.name}", "inspect", -1, InspectTask(part, a), (), (a,), ())
@@ -84,10 +84,9 @@ class Driver:
         graph = Graph(nodes, list(artifacts.values()))
         self.complete(graph)
         records = {part: read_record(self.store, artifact) for part, artifact in artifacts.items()}
-        if refused := [r.meta["refused"] for r in records.values() if r is not None and r.meta["refused"]]:
-            raise UserError(
-                f"{self.prepared.source.store.url}: {'; '.join(refused)}: the model is damaged, get it again"
-            )
+        if refused := [record.meta for record in records.values() if record is not None and record.meta["refused"]]:
+            listed = "; ".join(meta["refused"] for meta in refused)
+            raise UserError(f"{self.prepared.source.store.url}: {listed}: {refused[0]['remedy']}")
         digests = {part: record.meta["digest"] for part, record in records.items() if record is not None}
         named = {OUTER if part is None else f"block {part}": value for part, value in digests.items()}
         claim_model(self.store, named)

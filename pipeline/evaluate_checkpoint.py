@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from pipeline.data import evaluation_tokens
 from pipeline.errors import UserError
 from pipeline.perplexity import model_perplexity, take_windows
+from pipeline.skeleton import longest_sequence
 
 
 def load(checkpoint: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -38,6 +39,10 @@ def evaluate_checkpoint(
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")
     model, tokenizer = load(checkpoint, device)
+    if (limit := longest_sequence(model)) is not None and length > limit:
+        raise UserError(
+            f"--length {length} is beyond the {limit} positions that the model has learned: use {limit} or less"
+        )
     cut = {
         text: take_windows(evaluation_tokens(tokenizer, text, windows * length), windows, length, text)
         for text in texts

@@ -67,7 +67,9 @@ def permutation(size: int, *key: object) -> list[int]:
 
 def ending(trained: Trained, best: Best, status: BlockStatus) -> dict[str, Any]:
     """What a result's record says of how its training ended."""
-    reason = None if status == "ok" else f"not finite after {trained.reconstruction.steps_done} training steps"
+    steps = f"not finite after {trained.reconstruction.steps_done} training steps"
+    measured = "outputs of the quantized block are not finite"
+    reason = None if status == "ok" else measured if trained.reconstruction.status == "ok" else steps
     return {"status": status, "reason": reason, **best.meta()}
 
 
@@ -253,7 +255,7 @@ class TrainTask(DoneByAll):
             if best and loss < best.loss:
                 few = trained.reconstruction.untrained_experts()
                 best = Best(f"epoch {self.epoch}", loss, now, best.initial_loss, few)
-            if best and self.quantized and status != "ok":
+            if best and self.quantized and not (status == "ok" and math.isfinite(best.loss)):
                 best, status = self._or_rounded(worker, best, pause)
             if best and stream and self.quantized and best.result is not now:
                 # The last stream is the result's, and the result is another state.
@@ -273,7 +275,9 @@ class TrainTask(DoneByAll):
             return best
         clipped = trained.initial(worker, self.block)
         loss = self._measure(worker, clipped, None, pause)
-        return replace(best, loss=loss, result=clipped, untrained_experts=few)
+        return replace(
+            best, name="initial, few-token experts clipped", loss=loss, result=clipped, untrained_experts=few
+        )
 
     def _or_rounded(self, worker: Worker, best: Best, pause: Callable[[], None]) -> tuple[Best, BlockStatus]:
         """After a number that was not finite: the best state if it is better than round-to-nearest, else that."""

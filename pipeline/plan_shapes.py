@@ -47,10 +47,12 @@ class BlockShape:
 
 
 def block_shape(skeleton: Skeleton, config: RunConfig, dtype: torch.dtype) -> BlockShape:
-    """Of the largest block."""
+    """Of the largest block that is quantized."""
     sizes = [sum(t.numel() for t in block_tensors(skeleton, index).values()) for index in range(len(skeleton))]
-    index = sizes.index(max(sizes))
-    names = linear_names(skeleton.blocks[index], skeleton.block_prefix(index), config.scheme.skip)
+    skip = config.scheme.skip
+    named = [linear_names(block, skeleton.block_prefix(index), skip) for index, block in enumerate(skeleton.blocks)]
+    index = max(range(len(sizes)), key=lambda place: (bool(named[place]), sizes[place]))
+    names = named[index]
     linears = tuple(_shape(get_linear(skeleton.blocks[index], name).weight) for name in names)
     found, outer = skeleton.model.config, [t.numel() for t in block_tensors(skeleton, None).values()]
     hidden: int = found.hidden_size

@@ -167,7 +167,7 @@ def prepare(config: RunConfig, report: Reporter) -> Prepared:
     if not config.is_finetune:
         check_fit(config, skeleton, source.dtype(config.model.dtype), store, report)
     report.message(f"reading calibration text {config.data.source}")
-    tokens, texts, values = read_tokens(config, source)
+    tokens, texts, values = read_tokens(config, source, skeleton)
     claim(store, config, resolved)
     dtype = source.dtype(config.model.dtype)
     context = Context(
@@ -192,8 +192,10 @@ def anywhere(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"storage": storage})
 
 
-def read_tokens(config: RunConfig, source: ModelSource) -> tuple[Artifact, dict[str, Artifact], dict[Artifact, Tensor]]:
-    """Calibration tokens, evaluation tokens by text, and the values of both."""
+def read_tokens(
+    config: RunConfig, source: ModelSource, skeleton: Skeleton
+) -> tuple[Artifact, dict[str, Artifact], dict[Artifact, Tensor]]:
+    """Calibration tokens, evaluation tokens by text, and the values of both. Raises UserError for tokens that the model does not have."""
     tokenizer = source.tokenizer(trust_remote_code=config.model.trust_remote_code)
     windows, length = config.evaluation.windows, config.evaluation.length
     found = calibration_tokens(tokenizer, config.data)
@@ -204,4 +206,12 @@ def read_tokens(config: RunConfig, source: ModelSource) -> tuple[Artifact, dict[
         cut = take_windows(evaluation_tokens(tokenizer, text, windows * length), windows, length, text)
         texts[name] = tokens_artifact(f"text-{name}", cut)
         values[texts[name]] = cut
+    table = skeleton.model.get_input_embeddings().weight
+    assert isinstance(table, Tensor)
+    known = len(table)
+    if (largest := max(int(tokens.max()) for tokens in values.values())) >= known:
+        raise UserError(
+            f"{source.store.url}: its tokenizer makes token {largest} of these texts, and the model has embeddings for 0 to {known - 1}: "
+            "tokenizer and model are not of one another"
+        )
     return calibration, texts, values

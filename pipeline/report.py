@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.artifacts import Artifact, Record, digest, read_record
+from pipeline.block_state import number
 from pipeline.config import RunConfig
 from pipeline.config_sections import MethodConfig, ScheduleConfig
 from pipeline.end_to_end import samples_of
@@ -25,7 +28,7 @@ MANIFEST_FILE = "manifest.json"
 TIMES = ("worker", "host", "pid", "started", "ended", "peak_rss_mib")
 FLAG_WORDS = {
     "non_finite": "training met a loss or gradient that is not finite; it keeps its best state",
-    "fallback": "training met a loss or gradient that is not finite, and no state was better than round-to-nearest, which it holds",
+    "fallback": "training or measuring met a number that is not finite, and no state was better than round-to-nearest, which it holds",
     "quarantined": "training failed for good; it holds round-to-nearest, made without data",
 }
 
@@ -52,6 +55,11 @@ def perplexities(finished: Finished) -> dict[str, dict[str, float]]:
             variant, _, text = artifact.name.partition("-")
             found.setdefault(variant, {})[text] = record.meta["perplexity"]
     return found
+
+
+def as_json(table: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    """A table of perplexities without infinities, which JSON does not have."""
+    return {variant: {text: number(value) for text, value in row.items()} for variant, row in table.items()}
 
 
 def block_reports(finished: Finished) -> list[dict[str, Any]]:
@@ -171,11 +179,11 @@ LABELS = {
 }
 
 
-def perplexity_rows(table: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
+def perplexity_rows(table: Mapping[str, Mapping[str, float | None]]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the perplexity table."""
     texts = list(dict.fromkeys(text for row in table.values() for text in row))
     rows = [
-        [LABELS[variant], *(perplexity_word(table[variant].get(text)) for text in texts)]
+        [LABELS[variant], *(perplexity_word(row[text]) if text in (row := table[variant]) else "–" for text in texts)]
         for variant in LABELS
         if variant in table
     ]
@@ -183,9 +191,9 @@ def perplexity_rows(table: dict[str, dict[str, float]]) -> tuple[list[str], list
 
 
 def perplexity_word(value: float | None) -> str:
-    """Two decimals; three digits where it is beyond reading; a dash where it was not measured."""
-    if value is None:
-        return "–"
+    """Two decimals; three digits where it is beyond reading. None is what JSON has for one that is not finite."""
+    if value is None or not math.isfinite(value):
+        return "not finite"
     return f"{value:.2f}" if value < 1e5 else f"{value:.3g}"
 
 
@@ -300,7 +308,7 @@ def publish_checkpoint(finished: Finished) -> None:
     table = perplexities(finished)
     manifest = {
         "identity": recipe_of(prepared),
-        "perplexity": table,
+        "perplexity": as_json(table),
         "end_to_end": end,
         "flagged": flagged(blocks),
         "blocks": [without_times(block) for block in blocks],
@@ -330,7 +338,7 @@ def write_result(finished: Finished) -> dict[str, Any]:
     blocks = block_reports(finished)
     reason = unpublished(prepared.config, prepared.skeleton)
     result = {
-        "perplexity": perplexities(finished),
+        "perplexity": as_json(perplexities(finished)),
         "checkpoint": None if reason else prepared.checkpoint.url,
         "unpublished": reason,
         "scheme": prepared.config.scheme.words,

@@ -7,6 +7,7 @@ blocks are replaced by stand-ins that record what they are called with, or hand 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -94,6 +95,15 @@ def make_skeleton(config: PretrainedConfig, *, trust_remote_code: bool = False) 
     skeleton = Skeleton(model, block_list_name(model))
     open_mixtures(model, skeleton.blocks)
     return skeleton
+
+
+def longest_sequence(model: PreTrainedModel) -> int | None:
+    """Tokens that a model with a table of learned positions takes at once; None without such a table."""
+    table = re.compile(r"(.*\.)?(wpe|\w*position\w*)")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and table.fullmatch(name):
+            return int(model.config.max_position_embeddings)
+    return None
 
 
 def tensor_names(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:

@@ -26,7 +26,8 @@ def block_tensors(skeleton: Skeleton, block: int | None) -> dict[str, torch.Tens
 class InspectTask:
     """Digest the weights of one block, or of everything outside the blocks (`block` None).
 
-    Weights that are not finite are no failure of the unit: the finding is committed as `refused`, a sentence for the user.
+    Weights that are not finite, or not in the dtype that the run has them in, are no failure of the unit: the finding is
+    committed as `refused`, and what to do about it as `remedy`.
     """
 
     block: int | None
@@ -34,16 +35,30 @@ class InspectTask:
 
     def __call__(self, worker: Worker) -> dict[str, Any]:
         hasher = hashlib.sha256()
-        refused = None
+        refused: dict[str, str] = {}
         for name in sorted(block_tensors(worker.skeleton, self.block)):
             pieces = worker.source.pieces(stored_name(name, worker.source, worker.skeleton.model))
             for piece, tensor in pieces.items():
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                    count = int((~torch.isfinite(tensor)).sum())
-                    refused = refused or f"{name}{piece} holds {count} values that are NaN or infinite"
+                if tensor.is_floating_point():
+                    refused = refused or _refusal(f"{name}{piece}", tensor, worker.context.dtype)
                 hasher.update(f"{name}{piece}:{tensor.dtype}:{list(tensor.shape)};".encode())
                 hasher.update(tensor_bytes(tensor))
             worker.leave_if_asked()
-        result = {"digest": hasher.hexdigest(), "refused": refused}
+        result = {"digest": hasher.hexdigest(), "refused": None, "remedy": None} | refused
         Writer(worker.store, self.out).commit(result | {"stamp": worker.stamp()})
         return result
+
+
+def _refusal(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> dict[str, str]:
+    """What is wrong with a tensor's values, and the remedy; empty if nothing is."""
+    if count := int((~torch.isfinite(tensor)).sum()):
+        return {
+            "refused": f"{name} holds {count} values that are NaN or infinite",
+            "remedy": "the model is damaged, get it again",
+        }
+    if count := int((~torch.isfinite(tensor.to(dtype))).sum()):
+        return {
+            "refused": f"{name} holds {count} values beyond the range of {dtype}",
+            "remedy": "set model.dtype to bfloat16",
+        }
+    return {}

@@ -163,7 +163,8 @@ def test_experts_are_quantized_one_by_one_and_saved_as_their_family_does(
 
 
 @pytest.mark.parametrize(
-    ("rate", "equivalence", "kept"), [(None, [], "epoch 3"), (1e3, [], "initial"), (None, "auto", "epoch 3")]
+    ("rate", "equivalence", "kept"),
+    [(None, [], "epoch 3"), (1e3, [], "initial, few-token experts clipped"), (None, "auto", "epoch 3")],
 )
 def test_experts_with_few_tokens_are_reported(
     tiny_model: TinyModel, short_text: Path, tmp_path: Path, rate: float | None, equivalence: Any, kept: str

@@ -1,5 +1,7 @@
 """Whole runs in one process: what comes out, that it is the same every time, and that nothing committed is done again."""
 
+import json
+import math
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -9,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from running import Silent, break_steps, checkpoint_hashes, run, run_in_pieces, tiny_config
+from transformers import OPTConfig
 
 from lsi.grid import Grid, round_to_nearest
+from pipeline import optimize
 from pipeline.artifacts import read_tensors
 from pipeline.block_state import WEIGHTS_FILE, BlockResult
 from pipeline.driver import StoppedError
@@ -19,7 +23,7 @@ from pipeline.evaluate_checkpoint import evaluate_checkpoint
 from pipeline.graph import Node
 from pipeline.packed_format import unpack_linear
 from pipeline.prepare import prepare
-from pipeline.report import artifacts_of
+from pipeline.report import artifacts_of, as_json, perplexity_rows
 from pipeline.run import Finished
 from pipeline.store import Store, open_store
 from pipeline.tensors import deserialize
@@ -248,6 +252,63 @@ def test_weights_that_are_not_finite_are_refused_before_anything_else(
     assert not [unit for unit in report.units if not unit.startswith("inspect/")]
 
 
+def test_weights_beyond_the_dtype_of_the_run_are_refused(model: Path, short_text: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e5
+    save_file(tensors, file, {"format": "pt"})
+    config = tiny_config(model, short_text, tmp_path / "run", model={"dtype": "float16"}, optimizer={"epochs": 0})
+    with pytest.raises(UserError, match=r"holds 1 values beyond the range of torch\.float16: set model\.dtype to"):
+        run(config)
+    run(tiny_config(model, short_text, tmp_path / "run2", model={"dtype": "float32"}, optimizer={"epochs": 0}))
+
+
+def test_a_block_may_be_left_alone_whole(model: Path, short_text: Path, tmp_path: Path) -> None:
+    scheme = {"skip": ["lm_head", "model.layers.0.*"]}
+    finished, result = run(tiny_config(model, short_text, tmp_path / "run", scheme=scheme))
+    assert result["perplexity"]["quantized"]
+    names = checkpoint_tensors(finished.prepared.checkpoint)
+    assert "model.layers.0.mlp.up_proj.weight" in names
+    assert "model.layers.1.mlp.up_proj.weight_packed" in names
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"data": {"sequence_length": 16}}, "data.sequence_length 16 is beyond the 12 positions"),
+        ({"data": {"sequence_length": 12}, "evaluation": {"length": 13}}, "evaluation.length 13 is beyond the 12"),
+    ],
+)
+def test_sequences_beyond_learned_positions_are_refused(
+    tiny_model: Callable[..., Path], short_text: Path, tmp_path: Path, sections: dict[str, Any], words: str
+) -> None:
+    config = OPTConfig(
+        hidden_size=64,
+        ffn_dim=128,
+        word_embed_proj_dim=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=1000,
+        max_position_embeddings=12,
+    )
+    folder = tiny_model(tmp_path / "m", config=config)
+    with pytest.raises(UserError, match=words):
+        prepare(tiny_config(folder, short_text, tmp_path / "run", **sections), Silent())
+
+
+def test_tokens_without_an_embedding_are_refused(
+    tiny_model: Callable[..., Path], short_text: Path, tmp_path: Path
+) -> None:
+    config = OPTConfig(
+        hidden_size=64, word_embed_proj_dim=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=40
+    )
+    folder = tiny_model(tmp_path / "m", config=config)
+    with pytest.raises(UserError, match=r"its tokenizer makes token \d+ of these texts, and the model has .* 0 to 39"):
+        prepare(tiny_config(folder, short_text, tmp_path / "run"), Silent())
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_tied_embeddings_stay_tied(
     tiny_model: Callable[..., Path], short_text: Path, tmp_path: Path, tied: bool
@@ -357,6 +418,34 @@ def test_a_loss_that_is_not_finite_is_recorded_and_the_block_keeps_its_start(
         assert (
             f"- **block {block}**: training met a loss or gradient that is not finite; it keeps its best state" in card
         )
+
+
+def test_a_quantized_block_whose_outputs_are_not_finite_is_flagged(
+    model: Path, short_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training is in float32, and the model's dtype may not hold what the quantized block computes."""
+    plain = optimize.as_loaded
+
+    def as_loaded(worker: Any, block: int, result: Any) -> torch.nn.Module:
+        loaded = plain(worker, block, result)
+        if block == 2:
+            loaded.mlp.down_proj.weight.data = loaded.mlp.down_proj.weight * torch.inf
+        return loaded
+
+    monkeypatch.setattr(optimize, "as_loaded", as_loaded)
+    finished, result = run(tiny_config(model, short_text, tmp_path / "run"))
+    assert result["flagged_blocks"] == [2]
+    block = result_blocks(finished)[2]
+    assert (block["status"], block["kept"], block["loss"]) == ("fallback", "round_to_nearest", None)
+    assert block["reason"] == "outputs of the quantized block are not finite"
+
+
+def test_a_perplexity_that_is_not_finite_is_null_in_json_and_said() -> None:
+    table = {"full_precision": {"news": 12.345, "wikipedia": math.inf}, "quantized": {"news": math.inf}}
+    found = json.loads(json.dumps(as_json(table), allow_nan=False))
+    assert found == {"full_precision": {"news": 12.345, "wikipedia": None}, "quantized": {"news": None}}
+    for rows in (perplexity_rows(table)[1], perplexity_rows(found)[1]):
+        assert [row[1:] for row in rows] == [["12.35", "not finite"], ["not finite", "–"]]
 
 
 @pytest.mark.parametrize("part", [1, 2])
