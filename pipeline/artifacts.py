@@ -339,13 +339,18 @@ def _folder(key: str) -> str:
     return "/".join(key.split("/")[:2])
 
 
+def _of_artifacts(store: Store, kind: str) -> dict[str, int]:
+    """Keys and sizes of all that lies in artifacts' folders; other folders and files there are somebody else's."""
+    return {key: size for key, size in store.list(kind).items() if key.count("/") > 1 and _PATH.fullmatch(_folder(key))}
+
+
 def committed(store: Store, kinds: Iterable[str]) -> dict[str, int]:
     """Paths of the artifacts that have a record, of the given kinds, with the bytes each takes. Sizes are checked elsewhere."""
     found: dict[str, int] = {}
     for kind in kinds:
         sizes: dict[str, int] = {}
         done = set()
-        for key, size in store.list(kind).items():
+        for key, size in _of_artifacts(store, kind).items():
             folder = _folder(key)
             sizes[folder] = sizes.get(folder, 0) + size
             if key == f"{folder}/{RECORD}":
@@ -363,7 +368,7 @@ def collect_garbage(store: Store, kinds: Iterable[str]) -> int:
     for kind in kinds:
         attempts: dict[str, dict[str, int]] = {}
         recorded = set()
-        for key, size in store.list(kind).items():
+        for key, size in _of_artifacts(store, kind).items():
             folder, token = _folder(key), key.split("/")[2] if key.count("/") > 2 else ""
             sizes = attempts.setdefault(folder, {})
             if key == f"{folder}/{RECORD}":

@@ -255,7 +255,7 @@ def publish(
 ) -> None:
     """Write everything beside the shards, `config.json` last. A checkpoint that is there in full is left alone.
 
-    Weights that are not of this checkpoint go first: loaders prefer a single file to an index.
+    Shards and indices of an earlier one go first: loaders prefer a single file to an index.
     """
     files = {name: data for name, data in source.side_files.items() if name != CONFIG_FILE} | dict(extra)
     if len(shards) > 1:
@@ -269,7 +269,7 @@ def publish(
     withdraw(checkpoint)
     wanted = {record.meta["file"] for record in shards} | set(files)
     for key in checkpoint.list():
-        if key.endswith((".safetensors", ".index.json")) and key not in wanted:
+        if (SHARD_NAME.fullmatch(key) or key == INDEX_FILE) and key not in wanted:
             checkpoint.delete(key)
     for name, data in files.items():
         checkpoint.check_fence()

@@ -25,14 +25,14 @@ from pipeline.errors import UserError
 from pipeline.estimate import open_skeleton
 from pipeline.fit import check_fit
 from pipeline.gguf_import import import_gguf
-from pipeline.identity import Resolved, check_claim, claim, read_json, resolve, run_identity
+from pipeline.identity import RUN_FILE, Resolved, check_claim, claim, read_json, resolve, run_identity
 from pipeline.lease import Lease
-from pipeline.merge import CHECKPOINT_MANIFEST, CONFIG_FILE
+from pipeline.merge import CHECKPOINT_MANIFEST, CONFIG_FILE, SHARD_NAME
 from pipeline.model_source import DTYPES, ModelSource, locate, open_model
 from pipeline.packed_source import open_packed
 from pipeline.perplexity import take_windows
 from pipeline.reporter import Reporter
-from pipeline.skeleton import Skeleton, check_tensors, make_skeleton
+from pipeline.skeleton import Skeleton, check_known, check_tensors, make_skeleton
 from pipeline.store import Store, absolute, open_store
 from pipeline.tensors import tensor_bytes
 from pipeline.worker import Context
@@ -98,9 +98,14 @@ def converted(config: RunConfig, store: Store, report: Reporter) -> Store:
     return store.child(f"{artifact.path}/{folder}")
 
 
-def check_place(checkpoint: Store, config: RunConfig, resolved: Resolved) -> None:
-    """Refuse to overwrite a checkpoint that this run did not make."""
+def check_place(checkpoint: Store, store: Store, config: RunConfig, resolved: Resolved) -> None:
+    """Refuse to overwrite a checkpoint that this run did not make, or weights of whatever else."""
+    if absolute(checkpoint.url).rstrip("/") == absolute(store.url).rstrip("/"):
+        raise UserError(f"outputs.checkpoint {checkpoint.url} is storage.run: give the checkpoint a folder of its own")
     if not checkpoint.exists(CONFIG_FILE):
+        weights = [key for key in checkpoint.list() if SHARD_NAME.fullmatch(key)]
+        if weights and read_json(store, RUN_FILE) is None:  # of a run that was begun they may be the first shards
+            raise UserError(f"{checkpoint.url} holds {weights[0]} already; choose another outputs.checkpoint")
         return
     theirs = (read_json(checkpoint, CHECKPOINT_MANIFEST) or {}).get("identity")
     if theirs != run_identity(config, resolved):
@@ -159,7 +164,7 @@ def prepare(config: RunConfig, report: Reporter) -> Prepared:
     checkpoint.check_writable("outputs.checkpoint")
     if config.storage.factors is not None:
         open_store(config.storage.factors, config.storage.options).check_writable("storage.factors")
-    check_place(checkpoint, config, resolved)
+    check_place(checkpoint, store, config, resolved)
     source, model_options = open_source(config, store, report)
     skeleton = make_skeleton(source.config, trust_remote_code=config.model.trust_remote_code)
     check_tensors(skeleton, source)
@@ -203,15 +208,11 @@ def read_tokens(
     values = {calibration: found}
     texts = {}
     for name, text in config.evaluation.texts.items():
-        cut = take_windows(evaluation_tokens(tokenizer, text, windows * length), windows, length, text)
+        cut = take_windows(
+            evaluation_tokens(tokenizer, text, windows * length, config.data.column), windows, length, text
+        )
         texts[name] = tokens_artifact(f"text-{name}", cut)
         values[texts[name]] = cut
-    table = skeleton.model.get_input_embeddings().weight
-    assert isinstance(table, Tensor)
-    known = len(table)
-    if (largest := max(int(tokens.max()) for tokens in values.values())) >= known:
-        raise UserError(
-            f"{source.store.url}: its tokenizer makes token {largest} of these texts, and the model has embeddings for 0 to {known - 1}: "
-            "tokenizer and model are not of one another"
-        )
+    for tokens in values.values():
+        check_known(tokens, skeleton.model, source.store.url)
     return calibration, texts, values
