@@ -31,6 +31,12 @@ def check_run(config: RunConfig, skeleton: Skeleton) -> None:
 
 def check_scheme(config: RunConfig, skeleton: Skeleton) -> None:
     """Refuse a scheme that does not fit the model."""
+    everything = [name for name, _ in skeleton.model.named_modules()]
+    for pattern in config.scheme.skip:
+        if pattern != "lm_head" and not any(is_skipped(name, [pattern]) for name in everything):
+            raise UserError(
+                f"scheme.skip {pattern!r} is the name of no part of {type(skeleton.model).__name__}, such as {everything[-1]}: correct it, or leave it out"
+            )
     found = False
     for index in range(len(skeleton)):
         names = linear_names(skeleton.blocks[index], skeleton.block_prefix(index), config.scheme.skip)

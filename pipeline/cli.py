@@ -381,6 +381,8 @@ def plan_run(
         found = plan(given, Workers(workers, limits, price), speed)
     except UserError as error:
         fail(str(error), REFUSED)
+    except Exception as error:  # storage and network raise what their clients raise
+        unexpected(error)
     print(json.dumps(found) if as_json else "\n".join([*estimate_lines(found), *plan_lines(found)]))
 
 
@@ -465,6 +467,8 @@ def evaluate(
         )
     except UserError as error:
         fail(str(error), REFUSED)
+    except Exception as error:  # the family's own forward pass may raise anything
+        unexpected(error)
     if as_json:
         print(json.dumps({"perplexity": found}))
         return
@@ -483,6 +487,8 @@ def sample_material(
         fetch(folder, lambda text: print(text, file=sys.stderr))
     except UserError as error:
         fail(str(error), REFUSED)
+    except OSError as error:
+        fail(f"{folder}: cannot write there ({error}); choose another folder", REFUSED)
 
 
 def _quiet_libraries() -> None:

@@ -86,7 +86,7 @@ class RunConfig(Section):
         if self.optimizer.batch_size > self.storage.chunk_samples:
             raise ValueError(
                 f"optimizer.batch_size {self.optimizer.batch_size} is larger than storage.chunk_samples {self.storage.chunk_samples}: "
-                "a batch is taken from one chunk"
+                f"a batch is taken from one chunk; set storage.chunk_samples to {self.optimizer.batch_size} or more"
             )
         if (self.compute.micro_batch or 1) > self.optimizer.batch_size:
             raise ValueError(

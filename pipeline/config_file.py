@@ -17,6 +17,19 @@ from pipeline.errors import UserError
 from pipeline.presets import expand
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key stands once: of two sections of one name the first would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(None, None, f"{key.value} stands there twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def section_of(field: FieldInfo) -> type[Section] | None:
     """The section that a key holds; None for one with a value."""
     kind = field.annotation
@@ -42,9 +55,9 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     if not equals or not path:
         raise UserError(f"override {text!r}: write it as section.key=value, for example scheme.bits=3")
     try:
-        return path.strip().split("."), yaml.safe_load(value)
+        return path.strip().split("."), yaml.load(value, UniqueKeys)
     except yaml.YAMLError as error:
-        raise UserError(f"override {text!r}: the value is not valid YAML") from error
+        raise UserError(f"override of {path.strip()}: the value is not valid YAML; put quotes around it") from error
 
 
 def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
@@ -55,7 +68,7 @@ def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any
         for part in path[:-1]:
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
-                raise UserError(f"override {text!r}: {part} is a value, not a section")
+                raise UserError(f"override of {'.'.join(path)}: {part} is a value, not a section")
         node[path[-1]] = value
     return tree
 
@@ -136,9 +149,12 @@ def read_tree(path: str, overrides: list[str]) -> object:
     if not file.is_file():
         raise UserError(f"{path}: no such config file; see configs/ for examples")
     try:
-        tree = yaml.safe_load(file.read_text())
+        tree = yaml.load(file.read_text(), UniqueKeys)
+    except yaml.MarkedYAMLError as error:  # without the line itself, which may hold a secret
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}: not valid YAML{line}: {error.problem}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from error
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     tree = {} if tree is None else tree
     return apply_overrides(tree, overrides) if isinstance(tree, dict) else tree
 

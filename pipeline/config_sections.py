@@ -15,14 +15,15 @@ from lsi.pairs import KINDS, WEIGHT_ONLY
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
     """What is quantized."""
 
     source: str = Field(
-        description="local directory, hub id (org/name), any fsspec URL of a model folder, or a .gguf file"
+        min_length=1,
+        description="local directory, hub id (org/name), any fsspec URL of a model folder, or a .gguf file",
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -38,14 +39,15 @@ class DataConfig(Section):
     """Calibration text."""
 
     source: str = Field(
-        description="a text, .jsonl, .json or .parquet file (local or any fsspec URL), or a hub data set id"
+        min_length=1,
+        description="a text, .jsonl, .json or .parquet file (local or any fsspec URL), or a hub data set id",
     )
     subset: str | None = Field(None, description="the data set's configuration, such as wikitext-2-raw-v1")
     split: str = Field("train", description="the data set's split")
-    column: str = Field("text", description="the column that holds the text")
+    column: str = Field("text", description="the column that holds the text, of evaluation texts too")
     samples: int = Field(128, ge=1, description="number of calibration sequences")
     sequence_length: int = Field(2048, ge=2, description="tokens in each")
-    seed: int = Field(0, description="which windows of the text are taken")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="which windows of the text are taken")
 
 
 class SchemeConfig(Section):
@@ -228,7 +230,7 @@ class OptimizerConfig(Section):
     equivalence_learning_rate: float | None = Field(
         None, gt=0, description="of the logarithms of LET's scales, and of its shifts. Default: 5e-3"
     )
-    seed: int = Field(0, description="order of the samples")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="order of the samples")
 
 
 class EndToEndConfig(Section):
@@ -402,7 +404,7 @@ class FinetuneConfig(Section):
 class StorageConfig(Section):
     """Where activations, block artifacts and commit records live."""
 
-    run: str = Field(description="the run directory: a local path or any fsspec URL")
+    run: str = Field(min_length=1, description="the run directory: a local path or any fsspec URL")
     options: dict[str, Any] = Field(
         default={}, repr=False, description="fsspec options; prefer the environment for secrets. Never recorded"
     )

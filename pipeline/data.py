@@ -61,7 +61,7 @@ def iter_documents(data: DataConfig) -> Iterator[str]:
         raise
     except Exception as error:  # `datasets` raises whatever its readers raise
         raise UserError(
-            f"data.source {data.source}: neither a readable file nor a data set that can be reached: {type(error).__name__}: {error}"
+            f"{data.source}: neither a readable file nor a data set that can be reached: {type(error).__name__}: {error}"
         ) from error
 
 
@@ -99,17 +99,19 @@ def calibration_tokens(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> 
     return tokens[: windows * data.sequence_length].view(windows, -1)[chosen].contiguous()
 
 
-def evaluation_tokens(tokenizer: PreTrainedTokenizerBase, source: str, enough: int) -> Int[Tensor, " tokens"]:
+def evaluation_tokens(
+    tokenizer: PreTrainedTokenizerBase, source: str, enough: int, column: str = "text"
+) -> Int[Tensor, " tokens"]:
     """The tokens of an evaluation text from its start: a file, or a data set as `id`, `id:subset` or `id:subset:split`."""
-    return corpus_tokens(tokenizer, evaluation_data(source), enough)
+    return corpus_tokens(tokenizer, evaluation_data(source, column), enough)
 
 
-def evaluation_data(source: str) -> DataConfig:
+def evaluation_data(source: str, column: str = "text") -> DataConfig:
     """An evaluation text in the terms of calibration text."""
     if is_file(source):
-        return DataConfig(source=source)
+        return DataConfig(source=source, column=column)
     name, subset, split = [*source.split(":"), None, None][:3]
-    return DataConfig(source=str(name), subset=subset, split=split or "test")
+    return DataConfig(source=str(name), subset=subset, split=split or "test", column=column)
 
 
 def read_beginning(data: DataConfig) -> str:

@@ -256,7 +256,8 @@ def model(config: RunConfig) -> Check:
 def texts(config: RunConfig) -> list[Check]:
     """That the calibration text and every evaluation text can be read; their beginnings alone are."""
     named = {"data.source": config.data} | {
-        f"evaluation.texts.{name}": evaluation_data(text) for name, text in config.evaluation.texts.items()
+        f"evaluation.texts.{name}": evaluation_data(text, config.data.column)
+        for name, text in config.evaluation.texts.items()
     }
     return [_text(name, data) for name, data in named.items()]
 

@@ -20,7 +20,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedCo
 from pipeline.config_sections import ModelConfig
 from pipeline.errors import UserError
 from pipeline.store import Store, open_store
-from pipeline.tensors import TensorEntry, read_header, read_tensor
+from pipeline.tensors import TensorEntry, UnknownDtypeError, read_header, read_tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INDEX = "model.safetensors.index.json"
@@ -87,7 +87,13 @@ class ModelSource:
         for _, entry in self.index.values():
             if entry.dtype.is_floating_point:
                 sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.end - entry.start
-        return max(sizes, key=lambda dtype: sizes[dtype])
+        found = max(sizes, key=lambda dtype: sizes[dtype], default=None)
+        if found is None or found not in DTYPES.values():
+            raise UserError(
+                f"{self.store.url}: most of its weights are {found or 'integers'}, and a result is in one of {', '.join(DTYPES)}: "
+                "name one of these as model.dtype, or start from a checkpoint in one of them"
+            )
+        return found
 
     def tokenizer(self, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
         """The model's tokenizer. Raises UserError if it has none."""
@@ -96,7 +102,9 @@ class ModelSource:
             try:
                 return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
             except (OSError, ValueError) as error:
-                raise UserError(f"{self.store.url}: no usable tokenizer beside the weights: {error}") from error
+                raise UserError(
+                    f"{self.store.url}: no usable tokenizer beside the weights: {' '.join(str(error).split())}"
+                ) from error
 
 
 def _write_side_files(files: dict[str, bytes], folder: Path) -> None:
@@ -197,6 +205,8 @@ def _header(store: Store, shard: str) -> dict[str, TensorEntry]:
         raise UserError(
             f"{store.describe(shard)}: this shard is missing; download the model again or restore the file's name"
         ) from error
+    except UnknownDtypeError as error:
+        raise UserError(f"{error}; start from a checkpoint in bfloat16, float16 or float32") from error
     except (ValueError, EOFError) as error:  # TensorFileError, or a name that leaves the folder
         raise UserError(f"{error}; download the shard again") from error
 

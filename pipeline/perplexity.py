@@ -19,7 +19,11 @@ def take_windows(tokens: Int[Tensor, " tokens"], windows: int, length: int, name
     if len(tokens) < need:
         raise UserError(
             f"{name}: {windows} windows of {length} tokens need {need} tokens, the text has {len(tokens)}; "
-            f"ask for at most {len(tokens) // length} windows or give more text"
+            + (
+                f"ask for at most {len(tokens) // length} windows or give more text"
+                if len(tokens) >= length
+                else "give more text"
+            )
         )
     return tokens[:need].view(windows, length)
 

@@ -20,7 +20,7 @@ from pipeline.optimize import TrainTask
 from pipeline.plan_choice import Choice, Limits, choose
 from pipeline.plan_shapes import block_shape
 
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB|KB|MB|GB|TB)?", re.IGNORECASE)
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB|KB|MB|GB|TB)", re.IGNORECASE)
 UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 # Assumptions, not measurements: 40 % of an H100's 989 dense bfloat16 TFLOP/s and 70 % of its 3.35 TB/s.
 GPU = Device(flops=0.40 * 989e12, memory=0.70 * 3.35e12, decompositions=0.05)
@@ -35,7 +35,7 @@ def parse_size(text: str, option: str) -> float:
     match = SIZE.fullmatch(text.strip())
     if match is None or float(match[1]) == 0:
         raise UserError(f"{option} {text}: write a size above zero with its unit, such as 80GiB or 64000MB")
-    return float(match[1]) * UNITS[(match[2] or "B").lower()]
+    return float(match[1]) * UNITS[match[2].lower()]
 
 
 @dataclass(frozen=True)

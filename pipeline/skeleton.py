@@ -35,8 +35,12 @@ def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
         try:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         except (ValueError, KeyError) as error:
+            if type(config) in AutoModelForCausalLM._model_mapping:  # its values, then
+                raise UserError(
+                    f"config.json: transformers makes no {config.model_type} of it: {type(error).__name__}: {error}"
+                ) from error
             raise UserError(
-                f"architecture {config.model_type!r} is no causal language model that transformers knows: {error}"
+                f"architecture {config.model_type!r} is no causal language model that transformers knows"
             ) from error
     text = config.get_text_config()
     if text is not config:
@@ -104,6 +108,17 @@ def longest_sequence(model: PreTrainedModel) -> int | None:
         if isinstance(module, nn.Embedding) and table.fullmatch(name):
             return int(model.config.max_position_embeddings)
     return None
+
+
+def check_known(tokens: Tensor, model: PreTrainedModel, where: str) -> None:
+    """Refuse tokens that the model has no embedding for."""
+    table = model.get_input_embeddings().weight
+    assert isinstance(table, Tensor)
+    if (largest := int(tokens.max())) >= len(table):
+        raise UserError(
+            f"{where}: its tokenizer makes token {largest} of these texts, and the model has embeddings for 0 to {len(table) - 1}: "
+            "tokenizer and model are not of one another"
+        )
 
 
 def tensor_names(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:

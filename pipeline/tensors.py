@@ -40,6 +40,10 @@ class TensorFileError(ValueError):
     """The bytes are not a whole safetensors file."""
 
 
+class UnknownDtypeError(TensorFileError):
+    """The file is whole, and holds numbers of a kind that is not read."""
+
+
 @dataclass(frozen=True)
 class TensorEntry:
     """Where one tensor lies: byte positions count from the start of the file."""
@@ -52,7 +56,9 @@ class TensorEntry:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The raw bytes of a contiguous CPU tensor, not copied."""
-    flat = tensor.detach().contiguous().reshape(-1)
+    whole = tensor.detach().contiguous()
+    # A dimension of size one may have any stride, and a view as bytes asks for one.
+    flat = whole.as_strided((whole.numel(),), (1,))
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
@@ -112,11 +118,15 @@ def parse_header(text: bytes) -> dict[str, TensorEntry]:
     try:
         raw = json.loads(text)
         return {name: _parse_entry(name, e, 8 + len(text)) for name, e in raw.items() if name != "__metadata__"}
+    except UnknownDtypeError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TensorFileError(f"unreadable safetensors header: {type(error).__name__}: {error}") from error
 
 
 def _parse_entry(name: str, raw: dict[str, Any], base: int) -> TensorEntry:
+    if raw["dtype"] not in _DTYPES:
+        raise UnknownDtypeError(f"{name} is {raw['dtype']}, and only {', '.join(_DTYPES)} are read")
     dtype, shape, (start, end) = _DTYPES[raw["dtype"]], tuple(raw["shape"]), raw["data_offsets"]
     if not all(isinstance(n, int) and n >= 0 for n in (*shape, start)) or end - start != dtype.itemsize * math.prod(
         shape
@@ -152,7 +162,7 @@ def read_header(store: Store, key: str) -> dict[str, TensorEntry]:
     try:
         entries = parse_header(store.read_range(key, 8, 8 + length))
     except TensorFileError as error:
-        raise TensorFileError(f"{where}: {error}") from error
+        raise type(error)(f"{where}: {error}") from error
     _check_end(entries, length, size, where)
     return entries
 

@@ -1,6 +1,7 @@
 """The command as a user meets it: help, errors, exit codes, output for machines."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,11 @@ from typing import Any
 import pytest
 import yaml
 from running import checkpoint_hashes, run, tiny_config, tiny_tree
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from pipeline.cli import app
+from pipeline.errors import UserError
 from pipeline.run import Finished
 from pipeline.store import open_store
 
@@ -59,9 +62,24 @@ def test_each_command_explains_itself(command: str) -> None:
         ({"model": {"source": "/no/such/model"}}, "there is no such folder"),
         ({"storage": {"run": "/sys/lsi"}}, "cannot write there"),
         ({"scheme": {"skip": ["*"]}}, "nothing to quantize"),
+        ({"scheme": {"skip": ["mlp.dwon_proj"]}}, "scheme.skip 'mlp.dwon_proj' is the name of no part"),
+        ({"storage": {"run": ""}}, "storage.run = ''"),
+        ({"optimizer": {"clipping_learning_rate": float("inf")}}, "clipping_learning_rate = inf"),
         ({"evaluation": {"windows": 1000000}}, "ask for at most"),
     ],
-    ids=["group", "unknown-key", "bits", "corpus", "model", "unwritable", "skip-all", "windows"],
+    ids=[
+        "group",
+        "unknown-key",
+        "bits",
+        "corpus",
+        "model",
+        "unwritable",
+        "skip-all",
+        "skip-none",
+        "no-run",
+        "infinite",
+        "windows",
+    ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_two(
     model: Path, short_text: Path, tmp_path: Path, sections: dict[str, Any], sentence: str
@@ -206,3 +224,63 @@ def test_the_resume_line_shows_no_secret() -> None:
     assert without_secret("storage.options.secret=hunter2") == "storage.options.secret=***"
     assert without_secret("storage.options={secret: hunter2}") == "storage.options=***"
     assert without_secret("scheme.bits=2") == "scheme.bits=2"
+
+
+def test_eval_of_a_checkpoint_that_lacks_a_weight(model: Path, short_text: Path, tmp_path: Path) -> None:
+    """transformers would fill it at random."""
+    folder = shutil.copytree(model, tmp_path / "lacking")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    result = lsi("eval", str(folder), "--text", str(short_text), "--windows", "2", "--length", "16")
+    assert result.exit_code == 2
+    assert "1 tensors that its configuration asks for are missing" in " ".join(result.output.split())
+    assert "model.layers.1.mlp.up_proj.weight" in result.output
+
+
+def test_eval_of_a_file_that_is_no_weights(model: Path, short_text: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "torn")
+    (folder / "model.safetensors").write_bytes(b"torn")
+    result = lsi("eval", str(folder), "--text", str(short_text))
+    assert result.exit_code == 2
+    assert "transformers cannot load it: SafetensorError" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("override", ["storage.options.secret=@hunter2", "storage.options.a=b hunter2: : c"])
+def test_a_refused_override_shows_no_secret(model: Path, short_text: Path, tmp_path: Path, override: str) -> None:
+    result = lsi("quantize", config_file(tmp_path, model, short_text), "--set", override)
+    assert result.exit_code == 2
+    assert "the value is not valid YAML" in " ".join(result.output.split())
+    assert "hunter2" not in result.output
+
+
+def test_what_others_keep_in_the_folders_stays(model: Path, short_text: Path, tmp_path: Path) -> None:
+    """In the run directory and where the checkpoint goes, below these too."""
+    kept = [
+        tmp_path / "run/evaluation/mine/scores.json",
+        tmp_path / "run/tokens/notes.txt",
+        tmp_path / "out/another/model.safetensors",
+        tmp_path / "out/adapter.safetensors",
+    ]
+    for file in kept:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("x")
+    sections = {"outputs": {"checkpoint": str(tmp_path / "out")}, "storage": {"run": str(tmp_path / "run")}}
+    run(tiny_config(model, short_text, tmp_path / "run", optimizer={"epochs": 0}, **sections))
+    assert (tmp_path / "out/config.json").exists()
+    assert [file for file in kept if not file.exists()] == []
+
+
+def test_a_checkpoint_in_a_folder_with_weights_is_refused(model: Path, short_text: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/model-00001-of-00002.safetensors").write_bytes(b"x")
+    for place, words in {"out": "holds model-00001-of-00002.safetensors already", "run": "is storage.run"}.items():
+        outputs = {"checkpoint": str(tmp_path / place)}
+        with pytest.raises(UserError, match=words):
+            run(tiny_config(model, short_text, tmp_path / "run", outputs=outputs))
+
+
+def test_a_size_needs_its_unit(model: Path, short_text: Path, tmp_path: Path) -> None:
+    result = lsi("plan", config_file(tmp_path, model, short_text), "--memory", "64")
+    assert result.exit_code == 2
+    assert "write a size above zero with its unit" in " ".join(result.output.split())

@@ -458,3 +458,18 @@ def test_recorded_run_holds_no_storage_options() -> None:
 )
 def test_a_local_cluster_is_this_machine(given: str | None, meant: str | None) -> None:
     assert parse_config(tree(cluster={"address": given})).cluster.address == meant
+
+
+def test_a_section_that_stands_there_twice_is_refused(tmp_path: Path) -> None:
+    """YAML would forget the first one."""
+    (tmp_path / "x.yaml").write_text("scheme: {bits: 2}\ndata: {}\nscheme: {group_size: 64}\n")
+    with pytest.raises(UserError, match=r"x\.yaml: not valid YAML in line 3: scheme stands there twice"):
+        load_config(str(tmp_path / "x.yaml"), [])
+
+
+def test_a_yaml_error_does_not_show_the_line(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("storage:\n  options: {secret: hunter2\n")
+    with pytest.raises(UserError) as error:
+        load_config(str(tmp_path / "x.yaml"), [])
+    assert "hunter2" not in str(error.value)
+    assert "\n" not in str(error.value)

@@ -87,6 +87,15 @@ def test_tables_give_the_tokens_of_the_joined_text(
     assert torch.equal(table, evaluation_tokens(tiny_tokenizer, str(tmp_path / "x.txt"), enough))
 
 
+def test_evaluation_tables_may_have_the_text_in_any_column(
+    tiny_tokenizer: Any, tmp_path: Path, documents: list[str]
+) -> None:
+    WRITERS["x.jsonl"](tmp_path / "text.jsonl", documents, "text")
+    WRITERS["x.jsonl"](tmp_path / "body.jsonl", documents, "body")
+    expected = evaluation_tokens(tiny_tokenizer, str(tmp_path / "text.jsonl"), 64)
+    assert torch.equal(evaluation_tokens(tiny_tokenizer, str(tmp_path / "body.jsonl"), 64, "body"), expected)
+
+
 def test_a_table_is_read_no_further_than_needed(tiny_tokenizer: Any, tmp_path: Path, documents: list[str]) -> None:
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents * 20))
     tokens = evaluation_tokens(tiny_tokenizer, str(tmp_path / "x.jsonl"), 100)
@@ -238,5 +247,5 @@ def test_evaluation_begins_at_the_text_s_start(tiny_tokenizer: Any, news: Path) 
 
 def test_unknown_data_set_is_a_user_error(tiny_tokenizer: Any) -> None:
     """Without a network; the name is looked up as a data set, its subset and split."""
-    with pytest.raises(UserError, match=r"data\.source nobody/nothing: neither a readable file nor a data set"):
+    with pytest.raises(UserError, match=r"nobody/nothing: neither a readable file nor a data set"):
         evaluation_tokens(tiny_tokenizer, "nobody/nothing:subset:test", 64)

@@ -121,6 +121,30 @@ def test_auto_dtype_is_that_of_most_elements(tiny_model: TinyModel, tmp_path: Pa
     assert source.dtype("float16") == torch.float16
 
 
+@pytest.mark.parametrize(
+    ("dtype", "words"),
+    [
+        (torch.float64, r"most of its weights are torch\.float64, .* name one of these as model\.dtype"),
+        (torch.int8, "most of its weights are integers"),
+    ],
+)
+def test_auto_dtype_of_what_no_result_is_in(single: Path, dtype: torch.dtype, words: str) -> None:
+    file = single / "model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    source = open_model(open_store(str(single)))
+    with pytest.raises(UserError, match=words):
+        source.dtype("auto")
+    assert source.dtype("bfloat16") is torch.bfloat16
+
+
+def test_weights_of_eight_bits_are_named(single: Path) -> None:
+    file = single / "model.safetensors"
+    tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"is F8_E4M3, and only F32, .* are read; start from a checkpoint in bfloat16"):
+        open_model(open_store(str(single)))
+
+
 def test_fingerprint_changes_with_weights_and_configuration(sharded: Path) -> None:
     first = source_of(sharded).fingerprint()
     assert source_of(sharded).fingerprint() == first

@@ -126,6 +126,13 @@ def test_views_are_written_as_what_they_show() -> None:
     assert_same(deserialize(file_bytes(views)), {name: view.contiguous() for name, view in views.items()})
 
 
+def test_a_dimension_of_size_one_may_have_any_stride() -> None:
+    """As a word of packed zero points has, and such a tensor counts as contiguous."""
+    tensor = torch.arange(8, dtype=torch.int32).as_strided((1, 1), (1, 8), 3)
+    assert tensor.is_contiguous()
+    assert bytes(tensor_bytes(tensor)) == struct.pack("<i", 3)
+
+
 def test_bytes_of_a_contiguous_tensor_are_not_copied() -> None:
     tensor = torch.zeros(4, dtype=torch.bfloat16)
     view = tensor_bytes(tensor)
