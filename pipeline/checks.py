@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from lsi.block import get_linear, is_skipped, linear_names
@@ -9,6 +10,7 @@ from lsi.experts import OpenedExperts
 from lsi.families import family_of, find_family
 from lsi.pairs import find_pairs
 from pipeline.activations import check_attention
+from pipeline.call_arguments import made_up_arguments
 from pipeline.config import RunConfig
 from pipeline.config_sections import MethodConfig, SchemeConfig
 from pipeline.errors import UserError
@@ -21,12 +23,18 @@ from pipeline.skeleton import Skeleton, check_groups, longest_sequence
 
 def check_run(config: RunConfig, skeleton: Skeleton) -> None:
     """Refuse what a configuration asks of a model that the model cannot give. Needs no weights."""
+    check_calls(skeleton)
     check_scheme(config, skeleton)
     check_equivalence(config, skeleton)
     check_look_ahead(config.method, skeleton)
     check_mixture(config, skeleton)
     check_lengths(config, skeleton)
     check_purpose(config, skeleton)
+
+
+def check_calls(skeleton: Skeleton) -> None:
+    """Refuse a family whose blocks cannot be run one by one, on any batch."""
+    made_up_arguments(skeleton, 2, torch.float32, "cpu")
 
 
 def check_scheme(config: RunConfig, skeleton: Skeleton) -> None:

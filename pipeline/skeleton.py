@@ -299,13 +299,16 @@ class Surroundings:
 
 
 def _returns_tuple(skeleton: Skeleton, arguments: Arguments) -> bool:
-    """Whether the family's blocks return a tuple: asked of a block on the meta device, where running costs nothing."""
+    """Whether the family's blocks return a tuple: asked of a block on the meta device, where running costs nothing.
+
+    Raises UserError where it does not run, or not on more sequences than the arguments were made for (BLOOM).
+    """
     block = copy.deepcopy(skeleton.blocks[0]).to("meta")
     for module in block.modules():
         if isinstance(config := getattr(module, "config", None), PretrainedConfig):
             # Of what computes fused experts, this alone takes any dtype without data.
             config._experts_implementation = "batched_mm"
-    hidden = torch.empty(1, 2, skeleton.model.config.hidden_size, device="meta")
+    hidden = torch.empty(2, 2, skeleton.model.config.hidden_size, device="meta")
     on_meta = {name: _to_meta(value) for name, value in arguments.items()}
     try:
         return isinstance(block(hidden, **on_meta), tuple)

@@ -270,12 +270,14 @@ def test_a_group_with_deepspeed_is_proposed_and_holds_parts() -> None:
         choose(SEVENTY, two, Limits(memory=0.7 * peak(whole)))
 
 
-@pytest.mark.parametrize(("text", "size"), [("80GiB", 80 * GIB), ("64 GB", 64e9), ("1.5tib", 1536 * GIB), ("100", 100)])
+@pytest.mark.parametrize(
+    ("text", "size"), [("80GiB", 80 * GIB), ("64 GB", 64e9), ("1.5tib", 1536 * GIB), ("100 B", 100)]
+)
 def test_sizes(text: str, size: float) -> None:
     assert parse_size(text, "--memory") == size
 
 
-@pytest.mark.parametrize("text", ["", "much", "0GiB", "-3GiB", "80 XB"])
+@pytest.mark.parametrize("text", ["", "much", "0GiB", "-3GiB", "80 XB", "64"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(UserError, match=r"--memory .*: write a size above zero with its unit"):
         parse_size(text, "--memory")

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
+    BloomConfig,
     CohereConfig,
     FalconConfig,
     Gemma2Config,
@@ -34,7 +35,7 @@ from transformers import (
     T5Config,
 )
 
-from pipeline.checks import check_readable
+from pipeline.checks import check_calls, check_readable
 from pipeline.config_sections import SchemeConfig
 from pipeline.errors import UserError
 from pipeline.mixture import original_names
@@ -375,3 +376,17 @@ def test_linears_that_the_caller_writes_are_not_read(
     torch.testing.assert_close(
         partly.get_submodule("mlp.down_proj").weight, whole.get_submodule("mlp.down_proj").weight
     )
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (BloomConfig(**SIZES, n_layer=3, n_head=4), "BloomForCausalLM: its blocks cannot be run one by one"),
+        (BertConfig(**SIZES, intermediate_size=128), "blocks of this architecture take positional arguments"),
+    ],
+    ids=["bloom", "bert"],
+)
+def test_blocks_that_cannot_be_run_one_by_one_are_refused_without_weights(config: PretrainedConfig, words: str) -> None:
+    """BLOOM's position biases are made for so many sequences."""
+    with pytest.raises(UserError, match=words):
+        check_calls(make_skeleton(config))
