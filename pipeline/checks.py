@@ -148,7 +148,7 @@ def check_look_ahead(method: MethodConfig, skeleton: Skeleton) -> None:
     blocks = len(skeleton)
     if method.look_ahead >= blocks:
         raise UserError(
-            f"method.look_ahead {method.look_ahead} is past the last block of a model of {blocks}: set it to {blocks - 1} or less"
+            f"method.look_ahead {method.look_ahead} is past the last block of a model of {blocks}: set it to {blocks - 1}{' or less' if blocks > 1 else ''}"
         )
 
 

@@ -32,7 +32,11 @@ def check_stages(method: MethodConfig, optimizer: OptimizerConfig) -> None:
     if warm >= epochs:
         raise ValueError(
             f"optimizer.warm_epochs {warm} leaves none of optimizer.epochs {epochs} to increment and rounding: "
-            + (f"set it to {epochs - 1} or less, or train longer" if epochs else "set it to 0")
+            + (
+                f"set it to {epochs - 1}{' or less' if epochs > 1 else ''}, or train longer"
+                if epochs
+                else "set it to 0"
+            )
         )
     if method.increment == method.rounding == "none":
         raise ValueError(
@@ -112,7 +116,8 @@ class RunConfig(Section):
         if self.optimizer.epochs and nothing:
             raise ValueError(
                 f"optimizer.epochs is {self.optimizer.epochs}, but method.clipping, method.increment and method.rounding are all none and "
-                "method.equivalence is empty, so nothing is trained: set optimizer.epochs to 0 for round-to-nearest, or choose what to learn"
+                "method.equivalence is empty, so nothing is trained: choose what to learn"
+                + ("" if self.is_finetune else ", or set optimizer.epochs to 0 for round-to-nearest")
             )
         return self
 

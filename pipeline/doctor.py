@@ -24,6 +24,7 @@ from cluster.session import ray_session
 from cluster.units import ClusterError
 from cluster.versions import here
 from pipeline import deepspeed_ops
+from pipeline.checks import check_run
 from pipeline.config import RunConfig
 from pipeline.config_sections import DataConfig
 from pipeline.container import container_limit
@@ -31,6 +32,7 @@ from pipeline.data import evaluation_data, read_beginning
 from pipeline.errors import UserError
 from pipeline.model_source import locate, open_model
 from pipeline.prepare import check_engine
+from pipeline.skeleton import check_tensors, make_skeleton
 from pipeline.store import Store, clean_options, open_store
 
 State = Literal["ok", "note", "failed"]
@@ -235,7 +237,7 @@ def probe(store: Store) -> None:
 
 
 def model(config: RunConfig) -> Check:
-    """The model's configuration and the headers of its weights."""
+    """The model's configuration, the headers of its weights, its tokenizer, and whether the run can have of it what it asks."""
     source, options = config.model.source, config.storage.options
     try:
         check_engine(config.compute)
@@ -243,11 +245,17 @@ def model(config: RunConfig) -> Check:
             folder, _, name = os.path.expanduser(source).rpartition("/")
             open_store(folder or ".", options if "://" in source else None).stamp(name)
             return Check("model.source", f"{source}: readable")
-        found = open_model(locate(config.model, options), trust_remote_code=config.model.trust_remote_code)
+        trust = config.model.trust_remote_code
+        found = open_model(locate(config.model, options), trust_remote_code=trust)
+        found.tokenizer(trust_remote_code=trust)
+        found.dtype(config.model.dtype)
+        skeleton = make_skeleton(found.config, trust_remote_code=trust)
+        check_tensors(skeleton, found)
+        check_run(config, skeleton)
     except FileNotFoundError:
         return Check("model.source", f"{source}: there is no such file", "failed", "correct model.source")
     except Exception as error:
-        return Check("model.source", _first(error), "failed", "correct model.source, or make it readable")
+        return Check("model.source", _first(error), "failed", "correct the configuration, or make the model readable")
     return Check(
         "model.source", f"{source}: {found.config.model_type}, {len(found.index)} tensors in {len(found.shards)} files"
     )

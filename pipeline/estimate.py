@@ -49,8 +49,10 @@ def open_skeleton(config: RunConfig) -> tuple[Skeleton, torch.dtype]:
 
 
 def shape_of(skeleton: Skeleton, config: RunConfig, dtype: torch.dtype) -> Shape:
-    """The sizes that costs are reckoned from; blocks count as equal to the first."""
-    block, prefix = skeleton.blocks[0], skeleton.block_prefix(0)
+    """The sizes that costs are reckoned from; blocks count as equal to the first that is quantized."""
+    skip = config.scheme.skip
+    named = ((block, linear_names(block, skeleton.block_prefix(i), skip)) for i, block in enumerate(skeleton.blocks))
+    block, names = next((both for both in named if both[1]), (skeleton.blocks[0], []))
     found = skeleton.model.config
     heads = getattr(found, "num_attention_heads", 1)
     head = getattr(found, "head_dim", None) or found.hidden_size // heads
@@ -58,9 +60,7 @@ def shape_of(skeleton: Skeleton, config: RunConfig, dtype: torch.dtype) -> Shape
         blocks=len(skeleton),
         hidden=found.hidden_size,
         linears=tuple(
-            (weight.shape[0], weight.shape[1])
-            for name in linear_names(block, prefix, config.scheme.skip)
-            for weight in [get_linear(block, name).weight]
+            (weight.shape[0], weight.shape[1]) for name in names for weight in [get_linear(block, name).weight]
         ),
         attention=head * heads,
         outer=sum(tensor.numel() for tensor in block_tensors(skeleton, None).values()),

@@ -141,7 +141,7 @@ def record_end(store: Store, config: RunConfig) -> None:
 def recorded_tree(store: Store) -> dict[str, Any]:
     """The configuration that a run directory was made with, and the last stage that it saw last. Raises UserError if it is none."""
     recorded = read_json(store, RUN_FILE)
-    if recorded is None:
+    if recorded is None or "config" not in recorded:
         raise UserError(f"{store.url}: no run here (no {RUN_FILE}); give the directory that storage.run names")
     tree: dict[str, Any] = recorded["config"]
     return tree | {"end_to_end": read_json(store, END_FILE) or tree.get("end_to_end", {})}

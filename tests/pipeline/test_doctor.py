@@ -159,6 +159,12 @@ def test_what_fails_is_named_with_a_remedy(tree: dict[str, Any], name: str, monk
     assert not usable(checks)
 
 
+def test_what_the_model_cannot_give_is_told(tree: dict[str, Any]) -> None:
+    check = doctor.model(changed(tree, scheme={"group_size": 48}))
+    assert check.state == "failed"
+    assert "group_size 48 does not divide" in check.finding
+
+
 def test_no_secret_is_shown(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_SECRET_KEY", "swordfish-1")
     url = "ftp://user:swordfish-2@127.0.0.1:1/run/swordfish-1/"
