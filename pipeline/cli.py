@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import signal
@@ -456,6 +457,7 @@ def evaluate(
     length: Annotated[int, typer.Option(min=2, help="Tokens in each.")] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    column: Annotated[str, typer.Option(help="Of tables and data sets, the column that holds the text.")] = "text",
 ) -> None:
     """Perplexity of a checkpoint as transformers loads it."""
     _quiet_libraries()
@@ -463,14 +465,16 @@ def evaluate(
 
     try:
         found = evaluate_checkpoint(
-            checkpoint, [*text, *(more or [])], windows, length, device, show=sys.stderr.isatty()
+            checkpoint, [*text, *(more or [])], windows, length, device, column=column, show=sys.stderr.isatty()
         )
     except UserError as error:
         fail(str(error), REFUSED)
     except Exception as error:  # the family's own forward pass may raise anything
         unexpected(error)
     if as_json:
-        print(json.dumps({"perplexity": found}))
+        print(
+            json.dumps({"perplexity": {name: value if math.isfinite(value) else None for name, value in found.items()}})
+        )
         return
     for name, value in found.items():
         print(f"{name}  {value:.3f}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,38 @@ from pipeline.config_sections import FINETUNE_BLOCKS, SchemeConfig, Section
 from pipeline.errors import UserError
 from pipeline.presets import expand
 
+QUOTED = re.compile(r"'[^']*'")
 
-class UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key stands once: of two sections of one name the first would be lost without a word."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.MarkedYAMLError(None, None, f"{key.value} stands there twice", key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
+def read_yaml(text: str) -> Any:
+    """What a YAML text says. Raises yaml.YAMLError, for a key that stands twice too: of two sections of one name YAML loses the
+    first without a word."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_keys(node, set())
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _check_keys(node: yaml.Node, seen: set[int]) -> None:
+    if id(node) in seen or not isinstance(node, yaml.MappingNode | yaml.SequenceNode):
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for one in node.value:
+            _check_keys(one, seen)
+        return
+    names: set[str] = set()
+    for key, value in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            if key.value in names:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} stands there twice", problem_mark=key.start_mark)
+            names.add(key.value)
+        _check_keys(value, seen)
 
 
 def section_of(field: FieldInfo) -> type[Section] | None:
@@ -55,7 +76,7 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     if not equals or not path:
         raise UserError(f"override {text!r}: write it as section.key=value, for example scheme.bits=3")
     try:
-        return path.strip().split("."), yaml.load(value, UniqueKeys)
+        return path.strip().split("."), read_yaml(value)
     except yaml.YAMLError as error:
         raise UserError(f"override of {path.strip()}: the value is not valid YAML; put quotes around it") from error
 
@@ -149,10 +170,11 @@ def read_tree(path: str, overrides: list[str]) -> object:
     if not file.is_file():
         raise UserError(f"{path}: no such config file; see configs/ for examples")
     try:
-        tree = yaml.load(file.read_text(), UniqueKeys)
+        tree = read_yaml(file.read_text())
     except yaml.MarkedYAMLError as error:  # without the line itself, which may hold a secret
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}: not valid YAML{line}: {error.problem}") from error
+        problem = QUOTED.sub("…", error.problem or "")
+        raise UserError(f"{path}: not valid YAML{line}: {problem}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     tree = {} if tree is None else tree

@@ -44,7 +44,7 @@ class DataConfig(Section):
     )
     subset: str | None = Field(None, description="the data set's configuration, such as wikitext-2-raw-v1")
     split: str = Field("train", description="the data set's split")
-    column: str = Field("text", description="the column that holds the text, of evaluation texts too")
+    column: str = Field("text", description="the column that holds the text")
     samples: int = Field(128, ge=1, description="number of calibration sequences")
     sequence_length: int = Field(2048, ge=2, description="tokens in each")
     seed: int = Field(0, ge=0, lt=1 << 63, description="which windows of the text are taken")
@@ -438,6 +438,7 @@ class EvaluationConfig(Section):
     texts: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")], str] = Field(
         default={}, description="name (letters, digits, _ . -): text file, or hub data set as id:subset:split"
     )
+    column: str = Field("text", description="of tables and data sets, the column that holds the text")
     windows: int = Field(16, ge=1, description="of each text, from its start, without overlap")
     length: int = Field(512, ge=2, description="tokens in each")
     baselines: list[Literal["full_precision", "round_to_nearest"]] = Field(

@@ -54,7 +54,10 @@ def iter_documents(data: DataConfig) -> Iterator[str]:
             table = load_dataset(data.source, data.subset, split=data.split, streaming=True)
         for row in table:
             if data.column not in row:
-                raise UserError(f"data.column {data.column!r}: {data.source} has the columns {', '.join(row)}")
+                raise UserError(
+                    f"column {data.column!r}: {data.source} has the columns {', '.join(row)}; name one of these as data.column, "
+                    "of an evaluation text as evaluation.column (lsi eval: --column)"
+                )
             if row[data.column] is not None:
                 yield str(row[data.column])
     except UserError:
@@ -108,6 +111,8 @@ def evaluation_tokens(
 
 def evaluation_data(source: str, column: str = "text") -> DataConfig:
     """An evaluation text in the terms of calibration text."""
+    if not source:
+        raise UserError("an evaluation text has no name: give a file or a data set")
     if is_file(source):
         return DataConfig(source=source, column=column)
     name, subset, split = [*source.split(":"), None, None][:3]

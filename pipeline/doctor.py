@@ -23,7 +23,7 @@ import torch
 from cluster.session import ray_session
 from cluster.units import ClusterError
 from cluster.versions import here
-from pipeline import deepspeed_ops
+from pipeline import deepspeed_ops, finetune_plan
 from pipeline.checks import check_run
 from pipeline.config import RunConfig
 from pipeline.config_sections import DataConfig
@@ -31,6 +31,7 @@ from pipeline.container import container_limit
 from pipeline.data import evaluation_data, read_beginning
 from pipeline.errors import UserError
 from pipeline.model_source import locate, open_model
+from pipeline.packed_source import open_packed
 from pipeline.prepare import check_engine
 from pipeline.skeleton import check_tensors, make_skeleton
 from pipeline.store import Store, clean_options, open_store
@@ -246,7 +247,10 @@ def model(config: RunConfig) -> Check:
             open_store(folder or ".", options if "://" in source else None).stamp(name)
             return Check("model.source", f"{source}: readable")
         trust = config.model.trust_remote_code
-        found = open_model(locate(config.model, options), trust_remote_code=trust)
+        if config.is_finetune:
+            config = finetune_plan.resolve(config)
+        open_source = open_packed if config.is_finetune else open_model
+        found = open_source(locate(config.model, options), trust_remote_code=trust)
         found.tokenizer(trust_remote_code=trust)
         found.dtype(config.model.dtype)
         skeleton = make_skeleton(found.config, trust_remote_code=trust)
@@ -264,7 +268,7 @@ def model(config: RunConfig) -> Check:
 def texts(config: RunConfig) -> list[Check]:
     """That the calibration text and every evaluation text can be read; their beginnings alone are."""
     named = {"data.source": config.data} | {
-        f"evaluation.texts.{name}": evaluation_data(text, config.data.column)
+        f"evaluation.texts.{name}": evaluation_data(text, config.evaluation.column)
         for name, text in config.evaluation.texts.items()
     }
     return [_text(name, data) for name, data in named.items()]

@@ -41,7 +41,7 @@ def _advance(progress: Progress, bar: TaskID, done: int) -> None:
 
 
 def evaluate_checkpoint(
-    checkpoint: str, texts: list[str], windows: int, length: int, device: str, *, show: bool
+    checkpoint: str, texts: list[str], windows: int, length: int, device: str, *, show: bool, column: str = "text"
 ) -> dict[str, float]:
     """Perplexity by text, in the checkpoint's own dtype."""
     if device not in ("cpu", "cuda"):
@@ -54,7 +54,7 @@ def evaluate_checkpoint(
             f"--length {length} is beyond the {limit} positions that the model has learned: use {limit} or less"
         )
     cut = {
-        text: take_windows(evaluation_tokens(tokenizer, text, windows * length), windows, length, text)
+        text: take_windows(evaluation_tokens(tokenizer, text, windows * length, column), windows, length, text)
         for text in texts
     }
     for tokens in cut.values():

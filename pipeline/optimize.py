@@ -259,7 +259,9 @@ class TrainTask(DoneByAll):
                 best, status = self._or_rounded(worker, best, pause)
             if best and stream and self.quantized and best.result is not now:
                 # The last stream is the result's, and the result is another state.
-                self._measure(worker, best.result or trained.initial(worker, self.block), stream, pause)
+                held = best.result or trained.initial(worker, self.block)
+                if not math.isfinite(self._measure(worker, held, stream, pause)) and status == "ok":
+                    status = "non_finite"
         if stream:
             stream.commit({"loss": loss and number(loss), "stamp": worker.stamp()})
         history = [*epoch.history, self._entry(worker, epoch, loss)]

@@ -36,6 +36,8 @@ from lsi.grid import Grid
 MIN_BITS: Final = 1
 MAX_BITS: Final = 8
 WORD_BITS: Final = 32
+# Where a transform is part of the stored weights, and nothing is left to do.
+IN_WEIGHTS: Final = ("weight_input", "weight_output")
 # Bits of weights and activations for which engines have kernels.
 SERVED: Final = ((8, 8), (4, 8), (4, 4))
 
@@ -211,7 +213,8 @@ def read_scheme(document: Any) -> Grid:
     formats = {group.get("format") or document.get("format") for group in groups}
     if odd := sorted(str(name) for name in formats if name != CompressionFormat.pack_quantized.value):
         raise ValueError(f"its weights are in the form {', '.join(odd)}")
-    if document.get("transform_config") not in (None, {}, {"config_groups": {}}):
+    transforms = (document.get("transform_config") or {}).get("config_groups", {}).values()
+    if any(one.get("location") not in IN_WEIGHTS for group in transforms for one in group.get("apply", ())):
         raise ValueError("its activations go through transforms (transform_config)")
     if document.get("kv_cache_scheme") or any(
         g.get("input_activations") or g.get("output_activations") for g in groups

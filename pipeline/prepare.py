@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import posixpath
 import re
@@ -27,7 +28,7 @@ from pipeline.fit import check_fit
 from pipeline.gguf_import import import_gguf
 from pipeline.identity import RUN_FILE, Resolved, check_claim, claim, read_json, resolve, run_identity
 from pipeline.lease import Lease
-from pipeline.merge import CHECKPOINT_MANIFEST, CONFIG_FILE, SHARD_NAME
+from pipeline.merge import CHECKPOINT_MANIFEST, CONFIG_FILE, SHARD_NAME, unpublished
 from pipeline.model_source import DTYPES, ModelSource, locate, open_model
 from pipeline.packed_source import open_packed
 from pipeline.perplexity import take_windows
@@ -102,14 +103,21 @@ def check_place(checkpoint: Store, store: Store, config: RunConfig, resolved: Re
     """Refuse to overwrite a checkpoint that this run did not make, or weights of whatever else."""
     if absolute(checkpoint.url).rstrip("/") == absolute(store.url).rstrip("/"):
         raise UserError(f"outputs.checkpoint {checkpoint.url} is storage.run: give the checkpoint a folder of its own")
-    if not checkpoint.exists(CONFIG_FILE):
-        weights = [key for key in checkpoint.list() if SHARD_NAME.fullmatch(key)]
-        if weights and read_json(store, RUN_FILE) is None:  # of a run that was begun they may be the first shards
-            raise UserError(f"{checkpoint.url} holds {weights[0]} already; choose another outputs.checkpoint")
-        return
-    theirs = (read_json(checkpoint, CHECKPOINT_MANIFEST) or {}).get("identity")
-    if theirs != run_identity(config, resolved):
-        raise UserError(f"{checkpoint.url} holds another checkpoint already; choose another outputs.checkpoint")
+    held = [key for key in checkpoint.list() if key == CONFIG_FILE or SHARD_NAME.fullmatch(key)]
+    manifest = read_json(checkpoint, CHECKPOINT_MANIFEST)
+    # A manifest that is there and cannot be read was torn while this run published, unless that never began.
+    torn = manifest is None and checkpoint.exists(CHECKPOINT_MANIFEST) and read_json(store, RUN_FILE) is not None
+    if held and not torn and (manifest or {}).get("identity") != run_identity(config, resolved):
+        raise UserError(
+            f"{checkpoint.url} holds {held[0]} of another checkpoint already; choose another outputs.checkpoint"
+        )
+
+
+def claim_place(checkpoint: Store, config: RunConfig, resolved: Resolved) -> None:
+    """Make a checkpoint's folder this run's, by a manifest that says so before there is more to say."""
+    identity = run_identity(config, resolved)
+    if (read_json(checkpoint, CHECKPOINT_MANIFEST) or {}).get("identity") != identity:
+        checkpoint.put(CHECKPOINT_MANIFEST, json.dumps({"identity": identity}, indent=1, sort_keys=True).encode())
 
 
 def tokens_artifact(name: str, tokens: Tensor) -> Artifact:
@@ -174,6 +182,8 @@ def prepare(config: RunConfig, report: Reporter) -> Prepared:
     report.message(f"reading calibration text {config.data.source}")
     tokens, texts, values = read_tokens(config, source, skeleton)
     claim(store, config, resolved)
+    if not unpublished(config, skeleton):
+        claim_place(checkpoint, config, resolved)
     dtype = source.dtype(config.model.dtype)
     context = Context(
         config=anywhere(config),
@@ -209,7 +219,7 @@ def read_tokens(
     texts = {}
     for name, text in config.evaluation.texts.items():
         cut = take_windows(
-            evaluation_tokens(tokenizer, text, windows * length, config.data.column), windows, length, text
+            evaluation_tokens(tokenizer, text, windows * length, config.evaluation.column), windows, length, text
         )
         texts[name] = tokens_artifact(f"text-{name}", cut)
         values[texts[name]] = cut

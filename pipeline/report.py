@@ -27,7 +27,7 @@ RESULT_FILE = "result.json"
 MANIFEST_FILE = "manifest.json"
 TIMES = ("worker", "host", "pid", "started", "ended", "peak_rss_mib")
 FLAG_WORDS = {
-    "non_finite": "training met a loss or gradient that is not finite; it keeps its best state",
+    "non_finite": "training or measuring met a number that is not finite; it keeps its best state",
     "fallback": "training or measuring met a number that is not finite, and no state was better than round-to-nearest, which it holds",
     "quarantined": "training failed for good; it holds round-to-nearest, made without data",
 }

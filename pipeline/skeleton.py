@@ -103,11 +103,15 @@ def make_skeleton(config: PretrainedConfig, *, trust_remote_code: bool = False) 
 
 def longest_sequence(model: PreTrainedModel) -> int | None:
     """Tokens that a model with a table of learned positions takes at once; None without such a table."""
-    table = re.compile(r"(.*\.)?(wpe|\w*position\w*)")
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and table.fullmatch(name):
-            return int(model.config.max_position_embeddings)
-    return None
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return None
+    named = re.compile(r"(.*\.)?(wpe|\w*position\w*)")
+    tables = (
+        m.num_embeddings for name, m in model.named_modules() if isinstance(m, nn.Embedding) and named.fullmatch(name)
+    )
+    # OPT's begins with two rows of no position; images' have sizes of their own.
+    return int(limit) if any(0 <= size - limit <= 2 for size in tables) else None
 
 
 def check_known(tokens: Tensor, model: PreTrainedModel, where: str) -> None:

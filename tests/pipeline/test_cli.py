@@ -274,10 +274,31 @@ def test_what_others_keep_in_the_folders_stays(model: Path, short_text: Path, tm
 def test_a_checkpoint_in_a_folder_with_weights_is_refused(model: Path, short_text: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/model-00001-of-00002.safetensors").write_bytes(b"x")
-    for place, words in {"out": "holds model-00001-of-00002.safetensors already", "run": "is storage.run"}.items():
+    for place, words in {"out": "holds model-00001-of-00002.safetensors of another", "run": "is storage.run"}.items():
         outputs = {"checkpoint": str(tmp_path / place)}
         with pytest.raises(UserError, match=words):
             run(tiny_config(model, short_text, tmp_path / "run", outputs=outputs))
+    assert not (tmp_path / "run/run.json").exists()
+
+
+def test_a_finished_run_is_merged_into_no_folder_with_weights(finished: Finished, tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign/model.safetensors"
+    foreign.parent.mkdir()
+    foreign.write_bytes(b"x")
+    result = lsi("merge", finished.prepared.store.url, "--checkpoint", str(foreign.parent))
+    assert result.exit_code == 2
+    assert "holds model.safetensors of another checkpoint already" in " ".join(result.output.split())
+    assert foreign.read_bytes() == b"x"
+
+
+def test_a_place_whose_manifest_was_torn_goes_on(model: Path, short_text: Path, tmp_path: Path) -> None:
+    config = tiny_config(model, short_text, tmp_path / "run", optimizer={"epochs": 0})
+    first, _ = run(config)
+    hashes = checkpoint_hashes(first.prepared.checkpoint)
+    (tmp_path / "run/checkpoint/config.json").unlink()
+    (tmp_path / "run/checkpoint/lsi_manifest.json").write_text('{"identity": {"rec')
+    again, _ = run(config)
+    assert checkpoint_hashes(again.prepared.checkpoint) == hashes
 
 
 def test_a_size_needs_its_unit(model: Path, short_text: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pipeline.config_file import (
     load_finetune,
     parse_config,
     parse_override,
+    read_yaml,
     valid_keys,
 )
 from pipeline.errors import UserError
@@ -467,8 +468,14 @@ def test_a_section_that_stands_there_twice_is_refused(tmp_path: Path) -> None:
         load_config(str(tmp_path / "x.yaml"), [])
 
 
-def test_a_yaml_error_does_not_show_the_line(tmp_path: Path) -> None:
-    (tmp_path / "x.yaml").write_text("storage:\n  options: {secret: hunter2\n")
+def test_anchors_and_merges_are_read(tmp_path: Path) -> None:
+    text = "a: {m: &o {bits: 2}, n: &p {<<: *o, group_size: 64}}\nscheme: {<<: *p, bits: 3}\n"
+    assert read_yaml(text)["scheme"] == {"bits": 3, "group_size": 64}
+
+
+@pytest.mark.parametrize("value", ["hunter2", "*hunter2", "!hunter2 x", '"hunter2'])
+def test_a_yaml_error_does_not_show_the_line(tmp_path: Path, value: str) -> None:
+    (tmp_path / "x.yaml").write_text(f"storage:\n  options: {{secret: {value}\n")
     with pytest.raises(UserError) as error:
         load_config(str(tmp_path / "x.yaml"), [])
     assert "hunter2" not in str(error.value)

@@ -152,7 +152,9 @@ def test_text_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("name", WRITERS)
 def test_missing_column_names_those_there_are(tmp_path: Path, documents: list[str], name: str) -> None:
     WRITERS[name](tmp_path / name, documents, "body")
-    with pytest.raises(UserError, match=r"data\.column 'text': .*x\..* has the columns id, body"):
+    with pytest.raises(
+        UserError, match=r"^column 'text': .*x\..* has the columns id, body; name one of these as data\.column"
+    ):
         list(iter_documents(data(tmp_path / name)))
 
 

@@ -225,6 +225,17 @@ def weights_with(**changes: Any) -> dict[str, Any]:
     return {"targets": ["Linear"], "weights": weights | changes}
 
 
+def transforms_at(*locations: str) -> dict[str, Any]:
+    apply = [{"targets": ["re:.*down_proj$"], "location": location} for location in locations]
+    return {"transform_config": {"config_groups": {"u": {"type": "hadamard", "apply": apply}}}}
+
+
+def test_transforms_that_are_in_the_weights_are_nothing_to_refuse(rounded: Callable[..., Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(rounded("symmetric"), tmp_path / "other")
+    with_quantization(folder, **transforms_at("weight_input", "weight_output"))
+    assert open_packed(open_store(str(folder))).grid.bits == 3
+
+
 REFUSED = {
     "gptq-format": ({"quant_method": "gptq"}, "in the format of 'gptq'"),
     "awq-format": ({"quant_method": "awq"}, "in the format of 'awq'"),
@@ -236,7 +247,7 @@ REFUSED = {
         {"config_groups": {"group_0": weights_with() | {"input_activations": {"num_bits": 8}}}},
         "its activations are quantized",
     ),
-    "transforms": ({"transform_config": {"config_groups": {"u": {"type": "hadamard"}}}}, "go through transforms"),
+    "transforms": (transforms_at("weight_output", "input"), "go through transforms"),
     "cache": ({"kv_cache_scheme": {"num_bits": 8}}, "its activations are quantized"),
     "activation-order": (
         {"config_groups": {"g": weights_with(actorder="group")}},

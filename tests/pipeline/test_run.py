@@ -416,7 +416,8 @@ def test_a_loss_that_is_not_finite_is_recorded_and_the_block_keeps_its_start(
     card = finished.prepared.checkpoint.get("README.md").decode()
     for block in range(3):
         assert (
-            f"- **block {block}**: training met a loss or gradient that is not finite; it keeps its best state" in card
+            f"- **block {block}**: training or measuring met a number that is not finite; it keeps its best state"
+            in card
         )
 
 

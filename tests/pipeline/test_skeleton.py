@@ -47,6 +47,7 @@ from pipeline.skeleton import (
     empty_model,
     load_block,
     load_surroundings,
+    longest_sequence,
     make_skeleton,
     tensor_names,
 )
@@ -376,6 +377,20 @@ def test_linears_that_the_caller_writes_are_not_read(
     torch.testing.assert_close(
         partly.get_submodule("mlp.down_proj").weight, whole.get_submodule("mlp.down_proj").weight
     )
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        (OPTConfig(**SIZES, ffn_dim=128, word_embed_proj_dim=64), SIZES["max_position_embeddings"]),
+        (GPT2Config(n_layer=2, n_head=4, n_embd=64, n_positions=48), 48),
+        (LlamaConfig(**GROUPED), None),
+    ],
+    ids=["opt", "gpt2", "llama"],
+)
+def test_only_learned_positions_are_limited(config: PretrainedConfig, limit: int | None) -> None:
+    with torch.device("meta"):
+        assert longest_sequence(AutoModelForCausalLM.from_config(config)) == limit
 
 
 @pytest.mark.parametrize(
