@@ -109,7 +109,7 @@ def check_place(checkpoint: Store, store: Store, config: RunConfig, resolved: Re
     torn = manifest is None and checkpoint.exists(CHECKPOINT_MANIFEST) and read_json(store, RUN_FILE) is not None
     if held and not torn and (manifest or {}).get("identity") != run_identity(config, resolved):
         raise UserError(
-            f"{checkpoint.url} holds {held[0]} of another checkpoint already; choose another outputs.checkpoint"
+            f"{checkpoint.url} holds another checkpoint already ({held[0]}); choose another outputs.checkpoint"
         )
 
 

@@ -274,7 +274,10 @@ def test_what_others_keep_in_the_folders_stays(model: Path, short_text: Path, tm
 def test_a_checkpoint_in_a_folder_with_weights_is_refused(model: Path, short_text: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/model-00001-of-00002.safetensors").write_bytes(b"x")
-    for place, words in {"out": "holds model-00001-of-00002.safetensors of another", "run": "is storage.run"}.items():
+    for place, words in {
+        "out": r"another checkpoint already \(model-00001-of-00002.safetensors\)",
+        "run": "is storage.run",
+    }.items():
         outputs = {"checkpoint": str(tmp_path / place)}
         with pytest.raises(UserError, match=words):
             run(tiny_config(model, short_text, tmp_path / "run", outputs=outputs))
@@ -287,7 +290,7 @@ def test_a_finished_run_is_merged_into_no_folder_with_weights(finished: Finished
     foreign.write_bytes(b"x")
     result = lsi("merge", finished.prepared.store.url, "--checkpoint", str(foreign.parent))
     assert result.exit_code == 2
-    assert "holds model.safetensors of another checkpoint already" in " ".join(result.output.split())
+    assert "holds another checkpoint already (model.safetensors)" in " ".join(result.output.split())
     assert foreign.read_bytes() == b"x"
 
 

@@ -232,7 +232,7 @@ def test_another_runs_checkpoint_is_not_overwritten(model: Path, short_text: Pat
     place = {"checkpoint": str(tmp_path / "out")}
     run(tiny_config(model, short_text, tmp_path / "one", optimizer={"epochs": 0}, outputs=place))
     other = tiny_config(model, short_text, tmp_path / "two", optimizer={"epochs": 0}, scheme={"bits": 4}, outputs=place)
-    with pytest.raises(UserError, match="holds config.json of another checkpoint already"):
+    with pytest.raises(UserError, match="holds another checkpoint already"):
         prepare(other, Silent())
 
 
