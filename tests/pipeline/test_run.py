@@ -1,5 +1,6 @@
 """Whole runs in one process: what comes out, that it is the same every time, and that nothing committed is done again."""
 
+import itertools
 import json
 import math
 import shutil
@@ -439,6 +440,26 @@ def test_a_quantized_block_whose_outputs_are_not_finite_is_flagged(
     block = result_blocks(finished)[2]
     assert (block["status"], block["kept"], block["loss"]) == ("fallback", "round_to_nearest", None)
     assert block["reason"] == "outputs of the quantized block are not finite"
+
+
+def test_outputs_that_are_not_finite_flag_the_block_that_makes_them(
+    model: Path, short_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of samples that no state is compared by, when what is kept passes on its outputs."""
+    plain = optimize.as_loaded
+
+    def as_loaded(worker: Any, block: int, result: Any) -> torch.nn.Module:
+        loaded, calls = plain(worker, block, result), itertools.count(1)
+        if block == 1:
+            loaded.register_forward_hook(lambda *call: call[2] * (torch.inf if next(calls) > 16 else 1))
+        return loaded
+
+    monkeypatch.setattr(optimize, "as_loaded", as_loaded)
+    sections: dict[str, Any] = {"data": {"samples": 20}, "optimizer": {"epochs": 1, "increment_learning_rate": 10.0}}
+    finished, _ = run(tiny_config(model, short_text, tmp_path / "run", **sections))
+    first, second = result_blocks(finished)[:2]
+    assert (first["status"], second["status"], second["kept"]) == ("ok", "non_finite", "initial")
+    assert second["reason"] == "outputs of the quantized block are not finite"
 
 
 def test_a_perplexity_that_is_not_finite_is_null_in_json_and_said() -> None:
