@@ -352,9 +352,9 @@ def test_experts_are_evaluated_and_not_published(tiny_model: TinyModel, short_te
 
 
 def test_attention_that_cannot_be_replaced_is_refused(tiny_model: TinyModel, short_text: Path, tmp_path: Path) -> None:
-    config = AutoConfig.for_model("bloom", vocab_size=320, hidden_size=64, n_layer=2, n_head=4)
+    config = AutoConfig.for_model("mpt", vocab_size=320, d_model=64, n_layers=2, n_heads=4, max_seq_len=64)
     folder = tiny_model(tmp_path / "model", config=config)
-    with pytest.raises(UserError, match=r"the attention of BloomForCausalLM cannot be replaced .* to false"):
+    with pytest.raises(UserError, match=r"the attention of MptForCausalLM cannot be replaced .* to false"):
         prepare(tiny_config(folder, short_text, tmp_path / "run", scheme=FAKE), Silent())
 
 
