@@ -270,7 +270,9 @@ def test_another_last_stage_begins_from_the_same_blocks(model: Path, short_text:
     fresh, _ = run(config(model, short_text, tmp_path / "fresh", end_to_end=longer))
     first, _ = run(config(model, short_text, tmp_path / "run"))
     hashes = checkpoint_hashes(first.prepared.checkpoint)
-    with pytest.raises(UserError, match=r"holds another checkpoint already; choose another outputs\.checkpoint"):
+    with pytest.raises(
+        UserError, match=r"holds another checkpoint already \(config\.json\); choose another outputs\.checkpoint"
+    ):
         run(config(model, short_text, tmp_path / "run", end_to_end=longer))
     elsewhere = {"checkpoint": str(tmp_path / "longer")}
     report = Silent()
