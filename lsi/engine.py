@@ -232,9 +232,8 @@ class TorchAttachment(Alone):
             parameter.copy_(state.pop(f"value/{name}"))
             if f"first/{name}" in state:
                 self.optimizer.state[parameter] = {
-                    "step": torch.tensor(
-                        float(steps - self.starts[name]), device=parameter.device
-                    ),  # where one pass steps
+                    # Where AdamW in one pass looks for it.
+                    "step": torch.tensor(float(steps - self.starts[name]), device=parameter.device),
                     "exp_avg": state.pop(f"first/{name}").clone().to(parameter.device),
                     "exp_avg_sq": state.pop(f"second/{name}").clone().to(parameter.device),
                 }

@@ -18,7 +18,7 @@ from pipeline.merge import unpublished
 from pipeline.mixture import has_mixture
 from pipeline.packed_format import unreadable
 from pipeline.presets import preset_values
-from pipeline.skeleton import Skeleton, check_groups, longest_sequence
+from pipeline.skeleton import Skeleton, check_groups, check_length, longest_sequence
 
 
 def check_run(config: RunConfig, skeleton: Skeleton) -> None:
@@ -75,14 +75,9 @@ def check_scheme(config: RunConfig, skeleton: Skeleton) -> None:
 def check_lengths(config: RunConfig, skeleton: Skeleton) -> None:
     """Refuse sequences longer than a table of learned positions."""
     limit = longest_sequence(skeleton.model)
-    lengths = {"data.sequence_length": config.data.sequence_length}
+    check_length("data.sequence_length", config.data.sequence_length, limit)
     if config.evaluation.texts:
-        lengths["evaluation.length"] = config.evaluation.length
-    for key, length in lengths.items():
-        if limit is not None and length > limit:
-            raise UserError(
-                f"{key} {length} is beyond the {limit} positions that the model has learned: set it to {limit} or less"
-            )
+        check_length("evaluation.length", config.evaluation.length, limit)
 
 
 def check_purpose(config: RunConfig, skeleton: Skeleton) -> None:

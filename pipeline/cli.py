@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shlex
 import signal
@@ -461,6 +460,7 @@ def evaluate(
 ) -> None:
     """Perplexity of a checkpoint as transformers loads it."""
     _quiet_libraries()
+    from pipeline.block_state import number
     from pipeline.evaluate_checkpoint import evaluate_checkpoint
 
     try:
@@ -472,9 +472,7 @@ def evaluate(
     except Exception as error:  # the family's own forward pass may raise anything
         unexpected(error)
     if as_json:
-        print(
-            json.dumps({"perplexity": {name: value if math.isfinite(value) else None for name, value in found.items()}})
-        )
+        print(json.dumps({"perplexity": {name: number(value) for name, value in found.items()}}))
         return
     for name, value in found.items():
         print(f"{name}  {value:.3f}")

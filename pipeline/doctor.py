@@ -24,7 +24,6 @@ from cluster.session import ray_session
 from cluster.units import ClusterError
 from cluster.versions import here
 from pipeline import deepspeed_ops, finetune_plan
-from pipeline.checks import check_run
 from pipeline.config import RunConfig
 from pipeline.config_sections import DataConfig
 from pipeline.container import container_limit
@@ -32,8 +31,7 @@ from pipeline.data import evaluation_data, read_beginning
 from pipeline.errors import UserError
 from pipeline.model_source import locate, open_model
 from pipeline.packed_source import open_packed
-from pipeline.prepare import check_engine
-from pipeline.skeleton import check_tensors, make_skeleton
+from pipeline.prepare import check_engine, checked_skeleton
 from pipeline.store import Store, clean_options, open_store
 
 State = Literal["ok", "note", "failed"]
@@ -253,9 +251,7 @@ def model(config: RunConfig) -> Check:
         found = open_source(locate(config.model, options), trust_remote_code=trust)
         found.tokenizer(trust_remote_code=trust)
         found.dtype(config.model.dtype)
-        skeleton = make_skeleton(found.config, trust_remote_code=trust)
-        check_tensors(skeleton, found)
-        check_run(config, skeleton)
+        checked_skeleton(config, found)
     except FileNotFoundError:
         return Check("model.source", f"{source}: there is no such file", "failed", "correct model.source")
     except Exception as error:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from pipeline.data import evaluation_tokens
 from pipeline.errors import UserError
 from pipeline.perplexity import model_perplexity, take_windows
-from pipeline.skeleton import check_known, longest_sequence
+from pipeline.skeleton import check_known, check_length, longest_sequence
 
 
 def load(checkpoint: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -49,10 +49,7 @@ def evaluate_checkpoint(
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")
     model, tokenizer = load(checkpoint, device)
-    if (limit := longest_sequence(model)) is not None and length > limit:
-        raise UserError(
-            f"--length {length} is beyond the {limit} positions that the model has learned: use {limit} or less"
-        )
+    check_length("--length", length, longest_sequence(model))
     cut = {
         text: take_windows(evaluation_tokens(tokenizer, text, windows * length, column), windows, length, text)
         for text in texts

@@ -67,9 +67,11 @@ def permutation(size: int, *key: object) -> list[int]:
 
 def ending(trained: Trained, best: Best, status: BlockStatus) -> dict[str, Any]:
     """What a result's record says of how its training ended."""
-    steps = f"not finite after {trained.reconstruction.steps_done} training steps"
-    measured = "outputs of the quantized block are not finite"
-    reason = None if status == "ok" else measured if trained.reconstruction.status == "ok" else steps
+    reason = None
+    if trained.reconstruction.status != "ok":
+        reason = f"not finite after {trained.reconstruction.steps_done} training steps"
+    elif status != "ok":
+        reason = "outputs of the quantized block are not finite"
     return {"status": status, "reason": reason, **best.meta()}
 
 

@@ -99,6 +99,14 @@ def converted(config: RunConfig, store: Store, report: Reporter) -> Store:
     return store.child(f"{artifact.path}/{folder}")
 
 
+def checked_skeleton(config: RunConfig, source: ModelSource) -> Skeleton:
+    """The model without weights, whose headers fit it and of which the run can have what it asks. Raises UserError."""
+    skeleton = make_skeleton(source.config, trust_remote_code=config.model.trust_remote_code)
+    check_tensors(skeleton, source)
+    check_run(config, skeleton)
+    return skeleton
+
+
 def check_place(checkpoint: Store, store: Store, config: RunConfig, resolved: Resolved) -> None:
     """Refuse to overwrite a checkpoint that this run did not make, or weights of whatever else."""
     if absolute(checkpoint.url).rstrip("/") == absolute(store.url).rstrip("/"):
@@ -174,9 +182,7 @@ def prepare(config: RunConfig, report: Reporter) -> Prepared:
         open_store(config.storage.factors, config.storage.options).check_writable("storage.factors")
     check_place(checkpoint, store, config, resolved)
     source, model_options = open_source(config, store, report)
-    skeleton = make_skeleton(source.config, trust_remote_code=config.model.trust_remote_code)
-    check_tensors(skeleton, source)
-    check_run(config, skeleton)
+    skeleton = checked_skeleton(config, source)
     if not config.is_finetune:
         check_fit(config, skeleton, source.dtype(config.model.dtype), store, report)
     report.message(f"reading calibration text {config.data.source}")

@@ -183,7 +183,7 @@ def perplexity_rows(table: Mapping[str, Mapping[str, float | None]]) -> tuple[li
     """Header and rows of the perplexity table."""
     texts = list(dict.fromkeys(text for row in table.values() for text in row))
     rows = [
-        [LABELS[variant], *(perplexity_word(row[text]) if text in (row := table[variant]) else "–" for text in texts)]
+        [LABELS[variant], *(perplexity_word(table[variant][text]) if text in table[variant] else "–" for text in texts)]
         for variant in LABELS
         if variant in table
     ]

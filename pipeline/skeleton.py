@@ -114,6 +114,14 @@ def longest_sequence(model: PreTrainedModel) -> int | None:
     return int(limit) if any(0 <= size - limit <= 2 for size in tables) else None
 
 
+def check_length(key: str, length: int, limit: int | None) -> None:
+    """Refuse sequences beyond a `longest_sequence`; `key`: what sets their length."""
+    if limit is not None and length > limit:
+        raise UserError(
+            f"{key} {length} is beyond the {limit} positions that the model has learned: set it to {limit} or less"
+        )
+
+
 def check_known(tokens: Tensor, model: PreTrainedModel, where: str) -> None:
     """Refuse tokens that the model has no embedding for."""
     table = model.get_input_embeddings().weight

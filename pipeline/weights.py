@@ -51,14 +51,16 @@ class InspectTask:
 
 def _refusal(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> dict[str, str]:
     """What is wrong with a tensor's values, and the remedy; empty if nothing is."""
+    # NaN is either extreme, and no value is beyond the range where these are not: one pass, no copy.
+    if not tensor.numel() or torch.stack(torch.aminmax(tensor)).to(dtype).isfinite().all():
+        return {}
     if count := int((~torch.isfinite(tensor)).sum()):
         return {
             "refused": f"{name} holds {count} values that are NaN or infinite",
             "remedy": "the model is damaged, get it again",
         }
-    if count := int((~torch.isfinite(tensor.to(dtype))).sum()):
-        return {
-            "refused": f"{name} holds {count} values beyond the range of {dtype}",
-            "remedy": "set model.dtype to bfloat16",
-        }
-    return {}
+    count = int((~torch.isfinite(tensor.to(dtype))).sum())
+    return {
+        "refused": f"{name} holds {count} values beyond the range of {dtype}",
+        "remedy": "set model.dtype to bfloat16",
+    }

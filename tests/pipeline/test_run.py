@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from running import Silent, break_steps, checkpoint_hashes, run, run_in_pieces, tiny_config
+from safetensors.torch import load_file, save_file
 from transformers import OPTConfig
 
 from lsi.grid import Grid, round_to_nearest
@@ -237,15 +238,18 @@ def test_another_runs_checkpoint_is_not_overwritten(model: Path, short_text: Pat
         prepare(other, Silent())
 
 
+def put_into_up_proj(model: Path, value: float) -> None:
+    """One value of block 1's weight."""
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    save_file(tensors, file, {"format": "pt"})
+
+
 def test_weights_that_are_not_finite_are_refused_before_anything_else(
     model: Path, short_text: Path, tmp_path: Path
 ) -> None:
-    from safetensors.torch import load_file, save_file
-
-    file = model / "model.safetensors"
-    tensors = load_file(file)
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
-    save_file(tensors, file, {"format": "pt"})
+    put_into_up_proj(model, float("nan"))
     report = Silent()
     for _ in range(2):  # the finding is committed, and refuses the next start too
         with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds 1 values that are NaN"):
@@ -254,12 +258,7 @@ def test_weights_that_are_not_finite_are_refused_before_anything_else(
 
 
 def test_weights_beyond_the_dtype_of_the_run_are_refused(model: Path, short_text: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    file = model / "model.safetensors"
-    tensors = load_file(file)
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e5
-    save_file(tensors, file, {"format": "pt"})
+    put_into_up_proj(model, 1e5)
     config = tiny_config(model, short_text, tmp_path / "run", model={"dtype": "float16"}, optimizer={"epochs": 0})
     with pytest.raises(UserError, match=r"holds 1 values beyond the range of torch\.float16: set model\.dtype to"):
         run(config)
